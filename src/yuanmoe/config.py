@@ -109,7 +109,8 @@ class ModelConfig:
                 raise ConfigError(f"layer {layer} has {count} experts, so moe_intermediate_size must be at least 1")
             if count and not 1 <= self.num_experts_per_tok <= count:
                 raise ConfigError(
-                    f"top-k {self.num_experts_per_tok} is outside 1..{count} experts of layer {layer} (num_experts_per_tok)"
+                    f"top-k {self.num_experts_per_tok} is outside 1..{count} experts "
+                    f"of layer {layer} (num_experts_per_tok)"
                 )
         if (self.router == "shared-expert") != (self.num_shared_experts > 0):
             raise ConfigError(

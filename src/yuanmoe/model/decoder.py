@@ -1,0 +1,131 @@
+"""The Yuan 2.0 decoder: embedding, pre-norm layers of attention and experts, final norm, output head.
+
+Sources: arXiv 2311.15786, arXiv 2405.17976, spec 1.1 and 1.2. This file and the loaders are the only ones that read
+the configuration. Not here: sampling, devices, sharding, quantization; they are applied from outside.
+Legend: N tokens, D hidden, V vocabulary, B sequences, S tokens of a sequence.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from yuanmoe.config import ModelConfig
+from yuanmoe.model.attention import Attention, LocalizedFilter
+from yuanmoe.model.experts import DenseFeedForward, Experts, MixtureOfExperts
+from yuanmoe.model.norm import RMSNorm
+from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
+from yuanmoe.model.sequences import Sequences, WholeSequences, documents_of
+from yuanmoe.ops.linear import linear
+from yuanmoe.ops.rotary import rotary_tables
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); returns the routing too, None in a dense layer."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        lfa = LocalizedFilter(layer_idx, D, eps) if config.localized_filtering else None
+        self.input_layernorm = RMSNorm(D, eps)
+        self.self_attn = Attention(
+            layer_idx, D, config.num_attention_heads, config.head_dim, lfa, config.attention_dropout
+        )
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.mlp = _feed_forward(config, layer_idx)
+
+    def forward(self, x: Tensor, sequences: Sequences, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Routing | None]:
+        x = x + self.self_attn(self.input_layernorm(x), sequences, rotary)
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, routing = y if isinstance(y, tuple) else (y, None)
+        return x + y, routing
+
+
+def _feed_forward(config: ModelConfig, layer_idx: int) -> DenseFeedForward | MixtureOfExperts:
+    D, F, E = config.hidden_size, config.moe_intermediate_size, config.experts_per_layer[layer_idx]
+    if E == 0:
+        return DenseFeedForward(D, config.intermediate_size)
+    router = AttentionRouter if config.router == "attention" else LinearRouter
+    shared = DenseFeedForward(D, config.num_shared_experts * F) if config.num_shared_experts else None
+    return MixtureOfExperts(router(D, E, config.num_experts_per_tok), Experts(E, D, F), shared)
+
+
+class Decoder(nn.Module):
+    """Tokens in, final hidden states and every layer's routing out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, sequences: Sequences) -> tuple[Tensor, tuple[Routing, ...]]:
+        """`input_ids` [N], the tokens of `sequences` in its order; returns hidden states [N, D] and routings."""
+        x = self.embed_tokens(input_ids)
+        rotary = self.rotary(sequences.positions)
+        routings = []
+        for layer in self.layers:
+            x, routing = layer(x, sequences, rotary)
+            routings.append(routing)
+        return self.norm(x), tuple(routing for routing in routings if routing is not None)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosines and sines of these positions under this model's RoPE base and precision."""
+        config = self.config
+        return rotary_tables(positions, config.rotary_dim, config.rope_theta, config.rope_angles)
+
+
+class Output(NamedTuple):
+    """`logits` [B, S, V], `hidden` [B, S, D] after the final norm, `routings` a layer with N = B * S."""
+
+    logits: Tensor
+    hidden: Tensor
+    routings: tuple[Routing, ...]
+
+
+class YuanForCausalLM(nn.Module):
+    """The decoder with its output head, which is the embedding where the model is tied."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The scores of all V tokens to come next, [.., V], for `hidden` [.., D]."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return linear(hidden, head.weight)
+
+    def forward(self, input_ids: Tensor) -> Output:
+        """B whole sequences `input_ids` [B, S] at once, without state; documents restart as `config.packing` says."""
+        config = self.config
+        documents = None if config.packing == "continuous" else documents_of(input_ids, config.eod_token_id)
+        sequences = WholeSequences(
+            *input_ids.shape, device=input_ids.device, documents=documents, packing=config.packing
+        )
+        hidden, routings = self.model(input_ids.flatten(), sequences)
+        hidden = hidden.view(*input_ids.shape, -1)
+        return Output(self.logits(hidden), hidden, routings)
+
+    @torch.no_grad()
+    def initialize(self) -> "YuanForCausalLM":
+        """Random weights as published: N(0, 0.02), output projections scaled by 1 / sqrt(2 L), the filters as torch
+        initializes convolutions: uniform within 1 / sqrt(inputs) (spec 1.3 and 6.2). Uses torch's global generator."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
+            elif "o_proj" in name or "down_proj" in name:
+                parameter.normal_(0, std / math.sqrt(2 * self.config.num_hidden_layers))
+            elif ".lfa." not in name:
+                parameter.normal_(0, std)
+        for module in self.modules():
+            if isinstance(module, LocalizedFilter):
+                module.conv1.reset_parameters()
+                module.conv2.reset_parameters()
+        return self

@@ -1,0 +1,55 @@
+"""The feed-forward half of a layer: one dense SwiGLU network, or routed experts with shared ones beside them.
+
+Sources: arXiv 2405.17976 section 3; spec 1.9 (the first half of the fused matrix carries SiLU) and 1.10.
+Legend: N tokens, D hidden, E experts, F expert width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from yuanmoe.model.linear import Linear
+from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
+from yuanmoe.ops.grouped import experts_forward, swiglu
+
+
+class DenseFeedForward(nn.Module):
+    """down(silu(gate) * up), with gate and up in one matrix [2F, D]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Experts(nn.Module):
+    """All experts of a layer, stacked: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, moe_intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * moe_intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, moe_intermediate_size))
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        return experts_forward(x, self.gate_up_proj, self.down_proj, routing.weights, routing.experts)
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, its experts, and experts that every token passes if there are any."""
+
+    def __init__(
+        self, router: AttentionRouter | LinearRouter, experts: Experts, shared_experts: DenseFeedForward | None
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.shared_experts = shared_experts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        routing = self.router(x)
+        y = self.experts(x, routing)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, routing

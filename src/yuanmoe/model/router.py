@@ -1,0 +1,60 @@
+"""Which experts a token visits: the Attention Router (arXiv 2405.17976 section 3) and the classical one beside it.
+
+Projections run in the model's dtype, scores in float32 (spec 1.8). Legend: N tokens, D hidden, E experts, K chosen.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from yuanmoe.ops.linear import linear
+
+
+class Routing(NamedTuple):
+    """For each token `weights` [N, K] float32 that sum to 1, `experts` [N, K], `logits` [N, E] float32."""
+
+    weights: Tensor
+    experts: Tensor
+    logits: Tensor
+
+
+def choose(logits: Tensor, num_experts_per_tok: int) -> Routing:
+    """The experts with the largest of `logits` [N, E], softmax over the chosen; ties go to the lowest index.
+
+    `torch.topk` leaves ties open, and the Attention Router makes exact ones: experts with equal queries score equally.
+    """
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    experts = order[:, :num_experts_per_tok]
+    return Routing(logits.gather(1, experts).softmax(dim=-1), experts, logits)
+
+
+def attention_scores(projected: Tensor) -> Tensor:
+    """P_i = sum_j softmax_j(q_i k_j) v_j for `projected` [N, 3E] = [q; k; v] in any dtype: [N, E] float32."""
+    q, k, v = projected.float().chunk(3, dim=-1)
+    related = (q[:, :, None] * k[:, None, :]).softmax(dim=-1)
+    return (related @ v[:, :, None]).squeeze(-1)
+
+
+class AttentionRouter(nn.Module):
+    """Scores experts by how they relate to one another for this token; weight [3E, D] = [query; key; value]."""
+
+    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3 * num_experts, hidden_size))
+        self.num_experts_per_tok = num_experts_per_tok
+
+    def forward(self, x: Tensor) -> Routing:
+        return choose(attention_scores(linear(x, self.weight)), self.num_experts_per_tok)
+
+
+class LinearRouter(nn.Module):
+    """The classical router: one score an expert, a dot product; weight [E, D]."""
+
+    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.num_experts_per_tok = num_experts_per_tok
+
+    def forward(self, x: Tensor) -> Routing:
+        return choose(linear(x, self.weight).float(), self.num_experts_per_tok)

@@ -1,0 +1,34 @@
+"""Causal attention over runs of tokens, through torch SDPA; memory grows linearly with length.
+
+Legend: N tokens of all runs, S tokens of one run, T keys of one run (T >= S), H heads, C head channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attention of the last S of T positions to everything before them and themselves.
+
+    `q` [B, S, H, C], `k` and `v` [B, T, H, C], result [B, S, H, C]; scale 1 / sqrt(C).
+    """
+    S, T = q.shape[1], k.shape[1]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = None
+    if 1 < S < T:  # A chunk behind a past: the one case that needs a mask, of S x T booleans.
+        mask = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=S == T and S > 1)
+    return out.transpose(1, 2)
+
+
+def attend_runs(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout: float = 0.0) -> Tensor:
+    """Causal attention inside each of several consecutive runs of tokens; runs do not see one another.
+
+    `q`, `k`, `v` [N, H, C] with N = sum of `lengths`; result [N, H, C]. Runs of one length share one call.
+    """
+    if len(set(lengths)) == 1:
+        shape = (len(lengths), lengths[0], *q.shape[1:])
+        return causal_attention(q.view(shape), k.view(shape), v.view(shape), dropout).reshape(q.shape)
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([causal_attention(a[None], b[None], c[None], dropout)[0] for a, b, c in parts])

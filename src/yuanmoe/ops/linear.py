@@ -1,0 +1,57 @@
+"""Matrix products with weights as they are stored, by the fastest exact way of the machine at hand.
+
+A CPU without bfloat16 instructions multiplies bfloat16 matrices some four times slower than float32 ones (measured on
+two cores of an AMD Zen 3: 20 against 86 to 120 GFLOP/s). For more than a few tokens the weights are therefore widened
+to float32, a block of rows at a time, and multiplied there: the products are the same numbers, summed in float32.
+
+Legend: N tokens, I inputs, O outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WIDEN_FROM_TOKENS = 12
+"""Below this, reading the weights once as they are is faster than widening them."""
+BLOCK_ELEMENTS = 1 << 20
+"""Weights widened at a time: 4 MiB of float32 stay in the cache between the copy and the product."""
+
+
+def has_bfloat16_matmul() -> bool:
+    """Whether oneDNN multiplies bfloat16 with instructions of this CPU (AVX-512 and later, or Arm's)."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` [N, I] times `weight` [O, I] transposed, plus `bias` [O]: [N, O] in the dtype of `x`."""
+    if widens(x, weight):
+        return _widened(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def widens(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` goes through float32 blocks here: bfloat16 on a CPU without such instructions, no gradient."""
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and x.numel() >= WIDEN_FROM_TOKENS * x.shape[-1]
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not has_bfloat16_matmul()
+    )
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    O, I = weight.shape  # noqa: E741
+    rows = max(1, min(O, BLOCK_ELEMENTS // I))
+    wide = x.reshape(-1, I).float()
+    block = torch.empty(rows, I)
+    product = torch.empty(wide.shape[0], rows)
+    out = x.new_empty(wide.shape[0], O)
+    for start in range(0, O, rows):
+        count = min(rows, O - start)
+        block[:count].copy_(weight[start : start + count])
+        part = torch.mm(wide, block[:count].T, out=product[:, :count] if count < rows else product)
+        if bias is not None:
+            part += bias[start : start + count]
+        out[:, start : start + count] = part
+    return out.view(*x.shape[:-1], O)
