@@ -1,0 +1,258 @@
+"""Parameters, FLOPs and bytes of a Yuan model, from its configuration alone; the only place that counts them.
+
+Everything is a sum over one inventory, `weights(config)`: which matrices and vectors there are, how many equal ones are
+stored, and how many of them work for one token. Sources: arXiv 2405.17976 (M32 and its table of efficiency),
+arXiv 2311.15786 (LFA). One multiplication or one addition is one FLOP.
+Legend: D hidden, C = heads x head_dim, E experts, K chosen, F expert width, I dense width, V vocabulary, S context.
+Not here: devices, memory limits and time (`planner.py`).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from yuanmoe.config import ModelConfig
+from yuanmoe.errors import UsageError
+
+Role = Literal["embedding", "head", "attention", "lfa", "router", "norms", "experts", "shared_experts", "dense"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+STATE_BYTES = 2
+"""Bytes of one cached or intermediate number: keys, values, LFA state and activations are bf16."""
+
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """Equal weights of one layer: `copies` are stored, `active` of them work for one token."""
+
+    role: Role
+    shape: tuple[int, ...]
+    """Of one copy; a matrix is [outputs, inputs]."""
+    copies: int = 1
+    active: int = 1
+
+    @property
+    def size(self) -> int:
+        """Parameters of one copy."""
+        return math.prod(self.shape)
+
+
+def weights(config: ModelConfig) -> tuple[Weight, ...]:
+    """Every weight of the model; a tied head is stored 0 times and works once, the embedding is only looked up."""
+    shape = (config.vocab_size, config.hidden_size)
+    outside = (
+        Weight(role="embedding", shape=shape, active=0),
+        Weight(role="head", shape=shape, copies=0 if config.tie_word_embeddings else 1),
+        Weight(role="norms", shape=(config.hidden_size,)),
+    )
+    layers = (weight for experts in config.experts_per_layer for weight in _layer(config, experts))
+    return (*outside, *layers)
+
+
+def _layer(config: ModelConfig, num_experts: int) -> Iterator[Weight]:
+    D, C = config.hidden_size, config.attention_size
+    yield Weight(role="norms", shape=(D,), copies=2, active=2)
+    yield Weight(role="attention", shape=(C, D), copies=3, active=3)
+    yield Weight(role="attention", shape=(D, C))
+    if config.localized_filtering:
+        yield Weight(role="lfa", shape=(D // 2, 2 * D))
+        yield Weight(role="lfa", shape=(D // 2,))
+        yield Weight(role="lfa", shape=(D, D))
+        yield Weight(role="lfa", shape=(D,))
+        yield Weight(role="norms", shape=(D,))
+    yield from _experts(config, num_experts) if num_experts else _feed_forward("dense", D, config.intermediate_size)
+
+
+def _experts(config: ModelConfig, num_experts: int) -> Iterator[Weight]:
+    D, F = config.hidden_size, config.moe_intermediate_size
+    router_rows = 3 * num_experts if config.router == "attention" else num_experts
+    yield Weight(role="router", shape=(router_rows, D))
+    yield from _feed_forward("experts", D, F, copies=num_experts, active=config.num_experts_per_tok)
+    if config.num_shared_experts:
+        yield from _feed_forward("shared_experts", D, config.num_shared_experts * F)
+
+
+def _feed_forward(role: Role, hidden: int, width: int, *, copies: int = 1, active: int = 1) -> Iterator[Weight]:
+    yield Weight(role=role, shape=(2 * width, hidden), copies=copies, active=active)
+    yield Weight(role=role, shape=(hidden, width), copies=copies, active=active)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+def parameters(config: ModelConfig) -> dict[Role, int]:
+    """Stored parameters by role; their sum is the size of the model."""
+    counts = dict.fromkeys(ROLES, 0)
+    for weight in weights(config):
+        counts[weight.role] += weight.copies * weight.size
+    return counts
+
+
+def active_parameters(config: ModelConfig) -> dict[Role, int]:
+    """Parameters at work for one token by role: the output head once, the embedding look-up not at all."""
+    counts = dict.fromkeys(ROLES, 0)
+    for weight in weights(config):
+        counts[weight.role] += weight.active * weight.size
+    return counts
+
+
+def expected_experts(num_experts: int, num_experts_per_tok: int, tokens: int) -> float:
+    """Distinct experts that `tokens` tokens choose on average when routing is uniform: E (1 - (1 - K/E)^tokens)."""
+    return num_experts * (1 - (1 - num_experts_per_tok / num_experts) ** tokens)
+
+
+# --- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def forward_flops(config: ModelConfig) -> int:
+    """FLOPs of one token's forward pass without attention scores: two for each active parameter, as the article counts.
+
+    Norms and biases are in it (0.006 % of M32), the router's E x E scores are not (0.001 %).
+    """
+    return 2 * sum(active_parameters(config).values())
+
+
+def attention_flops(config: ModelConfig, context: float) -> float:
+    """FLOPs of one token's attention scores and weighted values over `context` tokens: 2 x 2 C S in each layer."""
+    return 4 * config.attention_size * context * config.num_hidden_layers
+
+
+def training_flops(config: ModelConfig, context: float = 0) -> float:
+    """FLOPs of one token forward and backward: three forward passes, each token seeing `context` tokens on average."""
+    return 3 * (forward_flops(config) + attention_flops(config, context))
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> float:
+    """FLOPs that read a prompt of `tokens` tokens: causal attention over what came before, the head on the last."""
+    head = 2 * active_parameters(config)["head"]
+    seen = (tokens + 1) / 2
+    return tokens * (forward_flops(config) - head + attention_flops(config, seen)) + head
+
+
+def petaflops_days(flops: float) -> float:
+    """FLOPs in the article's unit of training cost: 10^15 FLOP/s kept up for a day."""
+    return flops / (1e15 * SECONDS_PER_DAY)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """Bits of the matrices of each role; matrices below 16 bits carry one scale for each group of inputs.
+
+    Vectors (norms, biases) stay at 16 bits: they are few, and one value moves a whole channel.
+    """
+
+    bits: int
+    """The name of the precision: bits of the experts and projections."""
+    role_bits: Mapping[Role, int]
+    """Roles that differ from `bits`."""
+    group_size: int = 64
+    """Consecutive inputs that share a scale; a row's last group may be shorter."""
+    scale_bytes: int = 2
+
+    def weight_bytes(self, weight: Weight) -> int:
+        """Bytes of one copy."""
+        bits = self.role_bits.get(weight.role, self.bits)
+        if bits == 16 or len(weight.shape) == 1:
+            return 2 * weight.size
+        rows, columns = weight.shape
+        return rows * (math.ceil(columns * bits / 8) + math.ceil(columns / self.group_size) * self.scale_bytes)
+
+
+# The router decides by small differences, so it stays whole. Every token passes LFA and head, and together with the
+# embedding they are 1.2 % of M32, so they keep 8 bits in the 4-bit model.
+PRECISIONS: dict[int, Precision] = {
+    16: Precision(bits=16, role_bits={}),
+    8: Precision(bits=8, role_bits={"router": 16}),
+    4: Precision(bits=4, role_bits={"router": 16, "lfa": 8, "embedding": 8, "head": 8}),
+}
+
+
+def precision(bits: int) -> Precision:
+    """The weight precision of that name: 16, 8 or 4. Raises UsageError for another number."""
+    if bits not in PRECISIONS:
+        raise UsageError(f"{bits} bits: weights are kept in {', '.join(map(str, PRECISIONS))} bits")
+    return PRECISIONS[bits]
+
+
+def weight_bytes(config: ModelConfig, precision: Precision) -> dict[Role, int]:
+    """Bytes of the stored weights by role."""
+    total = dict.fromkeys(ROLES, 0)
+    for weight in weights(config):
+        total[weight.role] += weight.copies * precision.weight_bytes(weight)
+    return total
+
+
+def read_bytes(config: ModelConfig, precision: Precision, tokens: int = 1) -> float:
+    """Bytes of weights that one pass over `tokens` tokens reads, under uniform routing.
+
+    An expert is read once however many tokens chose it. Embedding rows (2 KiB a token) are left out.
+    """
+    return sum(_copies_read(weight, tokens) * precision.weight_bytes(weight) for weight in weights(config))
+
+
+def _copies_read(weight: Weight, tokens: int) -> float:
+    return expected_experts(weight.copies, weight.active, tokens) if weight.role == "experts" else weight.active
+
+
+def kv_bytes(config: ModelConfig) -> int:
+    """Bytes of keys and values that one token leaves behind in all layers."""
+    return 2 * config.attention_size * config.num_hidden_layers * STATE_BYTES
+
+
+def lfa_bytes(config: ModelConfig) -> int:
+    """Bytes of LFA state of one sequence in all layers: the last filter input (D) and conv1 output (D/2)."""
+    if not config.localized_filtering:
+        return 0
+    return (config.hidden_size + config.hidden_size // 2) * config.num_hidden_layers * STATE_BYTES
+
+
+def decode_bytes(config: ModelConfig, precision: Precision, *, context: int, batch: int = 1) -> float:
+    """Bytes that one decoding step reads: the weights at work, and each sequence's keys, values and LFA state."""
+    state = context * kv_bytes(config) + lfa_bytes(config)
+    return read_bytes(config, precision, batch) + batch * state
+
+
+def activation_bytes(config: ModelConfig, tokens: int, sequences: int = 1) -> int:
+    """Bytes alive at the widest point of a layer in one pass over `tokens` tokens, and a row of fp32 logits a sequence.
+
+    An estimate: it counts each intermediate of the plain computation once and no allocator slack.
+    """
+    D = config.hidden_size
+    attention = 4 * config.attention_size + (7 * D // 2 if config.localized_filtering else D)
+    chosen = config.num_experts_per_tok
+    shared = config.num_shared_experts * config.moe_intermediate_size
+    moe = chosen * (2 * D + 3 * config.moe_intermediate_size) + 3 * shared if config.is_moe else 0
+    dense = 0 if all(config.experts_per_layer) else 3 * config.intermediate_size
+    widest = 2 * D + max(attention, moe, dense)
+    return tokens * widest * STATE_BYTES + sequences * config.vocab_size * 4
+
+
+# --- the article ------------------------------------------------------------------------------------------------------
+
+FINE_TUNING_TOKENS = 10_000 * 1_024
+"""The article's fine-tuning: 10,000 samples of 1,024 tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A model of others, by the numbers the article gives for it."""
+
+    name: str
+    forward_flops: float
+    """FLOPs a token, inference."""
+    training_flops: float
+    """FLOPs a token, fine-tuning."""
+
+
+LLAMA3_70B = Peer(name="Llama-3-70B", forward_flops=140e9, training_flops=420e9)
+
+
+def fine_tuning_petaflops_days(training_flops_per_token: float) -> float:
+    """PetaFLOP/s-days of the article's fine-tuning: 0.0026 for M32, 0.05 for Llama-3-70B."""
+    return petaflops_days(FINE_TUNING_TOKENS * training_flops_per_token)

@@ -1,0 +1,171 @@
+"""This machine as a device: memory, cores, CPU features, and its read bandwidth and matmul rate measured with numpy.
+
+Facts come from /proc and /sys where Linux has them, limits of a container included. A rate is the median of a few
+rounds with its spread, because other programs use the memory too. Not here: anything of torch (`yuanmoe doctor`).
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from yuanmoe.errors import ResourceError
+from yuanmoe.plan.devices import Device
+from yuanmoe.plan.sizes import MIB
+
+# Matmul throughput of a core relative to its fp32 fused multiply-add, best first: multiplications in one instruction
+# times its rate, from Intel's and Arm's instruction references (AMX: 1024 bf16 and 2048 int8 operations a cycle against
+# 64 in fp32). AVX2 alone has an 8-bit multiply-add of twice the width.
+_BF16_UNITS = {"amx_bf16": 16, "avx512_bf16": 2, "bf16": 4}
+_INT8_UNITS = {"amx_int8": 32, "i8mm": 8, "avx512_vnni": 4, "avx_vnni": 4, "asimddp": 4, "avx2": 2}
+_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+_ARM_FEATURES = ("asimd", "asimddp", "i8mm", "bf16", "sve")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """A measured rate: the median of several rounds, and the slowest and the fastest of them."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """(fastest - slowest) / median."""
+        return (self.high - self.low) / self.median
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this machine has, as far as it tells."""
+
+    cpu: str
+    cores: int
+    """That this process may use."""
+    features: tuple[str, ...]
+    """Instruction sets that matter here, by their Linux names; empty where the system does not list them."""
+    memory_bytes: int | None
+    """Physical memory, or the container's limit if lower; None where it cannot be read."""
+    available_bytes: int | None
+    """Memory that new programs can have without swapping."""
+
+
+def read_machine() -> Machine:
+    """The facts, without measuring anything."""
+    cpu = _key_values("/proc/cpuinfo", ":")
+    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
+    memory = {key: int(value.split()[0]) * 1024 for key, value in _key_values("/proc/meminfo", ":").items()}
+    return Machine(
+        cpu=cpu.get("model name") or platform.processor() or platform.machine(),
+        cores=_cores(),
+        features=tuple(name for name in _FEATURES + _ARM_FEATURES if name in flags),
+        memory_bytes=_lowest(memory.get("MemTotal") or _physical_memory(), _cgroup_memory()),
+        available_bytes=_lowest(memory.get("MemAvailable"), _cgroup_memory()),
+    )
+
+
+def measure_bandwidth(rounds: int = 7, cores: int | None = None) -> Rate:
+    """Bytes a second of reading memory far larger than the caches, all cores at once."""
+    # The maximum of bytes is numpy's lightest reduction, one instruction for a whole vector register, so that memory
+    # and not arithmetic limits it (a plain AVX2 loop in C reads no faster).
+    cores = cores or _cores()
+    buffers = [np.ones(_buffer_bytes(cores), dtype=np.uint8) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        return measure(lambda: list(pool.map(np.max, buffers)), work=sum(map(len, buffers)), rounds=rounds)
+
+
+def measure_matmul(rounds: int = 5, size: int = 1024) -> Rate:
+    """FLOP/s of fp32 matrix multiplication in numpy."""
+    square = np.ones((size, size), dtype=np.float32)
+    return measure(lambda: square @ square, work=2 * size**3, rounds=rounds)
+
+
+def measure(action: Callable[[], object], *, work: float, rounds: int) -> Rate:
+    """Work a second over several rounds of an action, after one that is not counted."""
+    action()
+    rates = sorted(work / _seconds(action) for _ in range(rounds))
+    return Rate(median=statistics.median(rates), low=rates[0], high=rates[-1])
+
+
+def as_device(machine: Machine, bandwidth: Rate, matmul: Rate, memory_bytes: int | None = None) -> Device:
+    """This machine for the time model. Raises ResourceError where its memory cannot be read and none is given.
+
+    Peaks below fp32 are the measured fp32 rate times what the CPU's 16- and 8-bit units add to it.
+    """
+    memory = memory_bytes or machine.memory_bytes
+    if memory is None:
+        raise ResourceError(
+            f"cannot read how much memory this machine has ({platform.system()}); say it with --ram 24GiB"
+        )
+    return Device(
+        name="this machine",
+        kind="cpu",
+        memory_bytes=memory,
+        bandwidth=bandwidth.median,
+        bf16_flops=matmul.median * _best(_BF16_UNITS, machine.features),
+        quantized_flops=matmul.median * _best(_INT8_UNITS, machine.features),
+        source=f"measured on {machine.cores} cores of {machine.cpu}",
+    )
+
+
+def _best(units: dict[str, int], features: tuple[str, ...]) -> int:
+    return max((factor for feature, factor in units.items() if feature in features), default=1)
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _buffer_bytes(cores: int) -> int:
+    # Together four times the last-level cache and at least 256 MiB: a second pass must find nothing of the first.
+    cache = _read("/sys/devices/system/cpu/cpu0/cache/index3/size").strip().removesuffix("K")
+    last_level = int(cache) * 1024 if cache.isdigit() else 32 * MIB
+    return max(256 * MIB, 4 * last_level) // cores
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _physical_memory() -> int | None:
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup_memory() -> int | None:
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    return int(limit) if limit.isdigit() else None
+
+
+def _lowest(*sizes: int | None) -> int | None:
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _key_values(path: str, separator: str) -> dict[str, str]:
+    """The first value of each key of a /proc file; empty where the file is not there."""
+    values: dict[str, str] = {}
+    for line in _read(path).splitlines():
+        key, found, value = line.partition(separator)
+        if found:
+            values.setdefault(key.strip(), value.strip())
+    return values
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,183 @@
+"""Whether a model fits a device, and how fast it can run there: the memory it takes and the roofline above its speed.
+
+A pass takes at least the time of reading its bytes and at least the time of its FLOPs; the larger of both is the bound.
+Sources of the prediction below the bound are beside `EXPECTED_SHARE`. Not here: counting (`cost.py`), measuring
+(`machine.py`), several devices together (`cluster.py`).
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from yuanmoe.config import ModelConfig
+from yuanmoe.errors import UsageError
+from yuanmoe.plan import cost
+from yuanmoe.plan.cost import PRECISIONS, Precision
+from yuanmoe.plan.devices import DEVICES, Device
+from yuanmoe.plan.sizes import GIB, format_size
+
+RUNTIME_BYTES = GIB
+"""Python, torch and allocator slack: torch alone takes 0.25 GiB on a CPU, a CUDA context about 0.5 GiB."""
+
+PREFILL_TOKENS = 2048
+"""Prompt tokens that pass through the model at once; longer prompts go in pieces."""
+
+SHORTEST_CONTEXT = 256
+"""A context below this is no remedy: question and answer must fit."""
+
+EXPECTED_SHARE = 0.5
+"""Share of the bound that is predicted. Measured with torch 2.13 on two AVX-512 cores: bf16 matrix-vector products
+read 17 of 33 GB/s, int4 ones 17 to 20. For prefill and for other devices it is a guess until they are measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes that running a model takes."""
+
+    weights: int
+    kv_cache: int
+    lfa_state: int
+    activations: int
+    runtime: int = RUNTIME_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.lfa_state + self.activations + self.runtime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Tokens a second over all sequences: the roofline bound, and what to expect below it."""
+
+    bound: float
+    limited_by: Literal["bandwidth", "compute"]
+    bytes_read: float
+    """Of one pass."""
+
+    @property
+    def predicted(self) -> float:
+        return EXPECTED_SHARE * self.bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """One change that makes a model fit."""
+
+    change: Literal["bits", "context", "batch", "device"]
+    value: int | str
+    total_bytes: int
+
+    def __str__(self) -> str:
+        return f"--{self.change} {self.value} takes {format_size(self.total_bytes)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is asked of a device: a model, the bits of its weights, and sequences side by side with a context each.
+
+    Raises UsageError when there is nothing to run.
+    """
+
+    config: ModelConfig
+    bits: int
+    context: int
+    """Tokens of one sequence, prompt and answer."""
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        cost.precision(self.bits)
+        for name in ("context", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def precision(self) -> Precision:
+        return PRECISIONS[self.bits]
+
+
+def memory(load: Load) -> Memory:
+    """Bytes of a load with every sequence at its full context."""
+    tokens = max(min(load.context, PREFILL_TOKENS), load.batch)
+    return Memory(
+        weights=sum(cost.weight_bytes(load.config, load.precision).values()),
+        kv_cache=load.batch * load.context * cost.kv_bytes(load.config),
+        lfa_state=load.batch * cost.lfa_bytes(load.config),
+        activations=cost.activation_bytes(load.config, tokens, load.batch),
+    )
+
+
+def fits(load: Load, device: Device) -> bool:
+    return memory(load).total <= device.memory_bytes
+
+
+def highest_bits(config: ModelConfig, device: Device, *, context: int, batch: int = 1) -> int:
+    """The most bits with which the model fits the device, or the fewest there are if none does."""
+    ordered = sorted(PRECISIONS, reverse=True)
+    loads = (Load(config=config, bits=bits, context=context, batch=batch) for bits in ordered)
+    return next((load.bits for load in loads if fits(load, device)), ordered[-1])
+
+
+def decode(load: Load, device: Device, context: int | None = None) -> Speed:
+    """Speed of one token for every sequence, each having seen `context` tokens (by default the load's full context)."""
+    seen = load.context if context is None else context
+    bytes_read = cost.decode_bytes(load.config, load.precision, context=seen, batch=load.batch)
+    flops = load.batch * (cost.forward_flops(load.config) + cost.attention_flops(load.config, seen))
+    return _roofline(load.batch, bytes_read, flops, load.bits, device)
+
+
+def prefill(load: Load, device: Device) -> Speed | None:
+    """Speed of reading a prompt, one piece of it; None where the device's matmul rate, which limits it, is unknown."""
+    if device.peak_flops(load.bits) is None:
+        return None
+    tokens = min(load.context, PREFILL_TOKENS)
+    bytes_read = cost.read_bytes(load.config, load.precision, tokens)
+    return _roofline(tokens, bytes_read, cost.prefill_flops(load.config, tokens), load.bits, device)
+
+
+def _roofline(tokens: int, bytes_read: float, flops: float, bits: int, device: Device) -> Speed:
+    peak = device.peak_flops(bits)
+    read_s = bytes_read / device.bandwidth
+    compute_s = flops / peak if peak else 0.0
+    return Speed(
+        bound=tokens / max(read_s, compute_s),
+        limited_by="compute" if compute_s > read_s else "bandwidth",
+        bytes_read=bytes_read,
+    )
+
+
+def remedies(load: Load, device: Device) -> list[Remedy]:
+    """Single changes that make the load fit, each as small as possible; empty when it fits or nothing helps."""
+    if fits(load, device):
+        return []
+    candidates = (
+        _largest_that_fits(load, device, "bits", sorted(bits for bits in PRECISIONS if bits < load.bits)),
+        _largest_that_fits(load, device, "context", range(SHORTEST_CONTEXT, load.context)),
+        _largest_that_fits(load, device, "batch", range(1, load.batch)),
+        _smallest_device(load),
+    )
+    return [remedy for remedy in candidates if remedy is not None]
+
+
+def _largest_that_fits(
+    load: Load, device: Device, change: Literal["bits", "context", "batch"], values: Sequence[int]
+) -> Remedy | None:
+    """`values` ascend, and memory with them."""
+
+    def with_value(value: int) -> Load:
+        return dataclasses.replace(load, **{change: value})
+
+    count = bisect.bisect_left(values, True, key=lambda value: not fits(with_value(value), device))
+    if count == 0:
+        return None
+    value = values[count - 1]
+    return Remedy(change=change, value=value, total_bytes=memory(with_value(value)).total)
+
+
+def _smallest_device(load: Load) -> Remedy | None:
+    large_enough = [device for device in DEVICES.values() if fits(load, device)]
+    if not large_enough:
+        return None
+    smallest = min(large_enough, key=lambda device: device.memory_bytes)
+    return Remedy(change="device", value=smallest.name, total_bytes=memory(load).total)

@@ -1,0 +1,46 @@
+"""Sizes in bytes as people write and read them: `24GiB`, `80 GB`.
+
+Binary units (KiB, MiB, GiB, TiB) are powers of 1024, decimal ones (KB, MB, GB, TB) of 1000.
+"""
+
+import re
+
+from yuanmoe.errors import UsageError
+
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+
+_UNITS = {"b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as `24GiB`, `80GB` or `1.5 TiB`. Raises UsageError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"size {text!r} is not a number with a unit; write it like 24GiB or 80GB")
+    size = round(float(match[1]) * unit)
+    if size < 1:
+        raise UsageError(f"size {text!r} is nothing; give at least one byte")
+    return size
+
+
+def format_size(size: float) -> str:
+    """Three significant digits with a binary unit: 23.0 GiB; bytes below one KiB are exact."""
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(size) >= unit:
+            value = size / unit
+            return f"{value:.{_decimals(value)}f} {name}"
+    return f"{size:.0f} B"
+
+
+def format_count(count: float, unit: str = "") -> str:
+    """Three significant digits with a decimal prefix: 39.9 G, 7.41 GFLOP, 33.0 GB/s."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= factor:
+            value = count / factor
+            return f"{value:.{_decimals(value)}f} {prefix}{unit}"
+    return f"{count:.{_decimals(count)}f} {unit}".rstrip()
+
+
+def _decimals(value: float) -> int:
+    return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
