@@ -5,6 +5,7 @@ Legend: N tokens, D hidden, H heads, C head channels.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from yuanmoe.model.linear import Linear
@@ -27,7 +28,7 @@ class LocalizedFilter(nn.Module):
         self.conv2 = Linear(hidden_size, hidden_size, bias=True)
         self.norm = RMSNorm(hidden_size, eps)
 
-    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x: Float[Tensor, "N D"], sequences: Sequences) -> Float[Tensor, "N D"]:
         before = sequences.previous(x, self.layer_idx, FILTER_INPUT)
         hidden = self.conv1(torch.cat([before, x], dim=-1))
         before = sequences.previous(hidden, self.layer_idx, FILTER_HIDDEN)
@@ -56,7 +57,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden_size, num_attention_heads * head_dim)
         self.o_proj = Linear(num_attention_heads * head_dim, hidden_size)
 
-    def forward(self, x: Tensor, sequences: Sequences, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "N D"], sequences: Sequences, rotary: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "N D"]:
         filtered = x if self.lfa is None else self.lfa(x, sequences)
         q = rotate(self.q_proj(filtered).unflatten(-1, self.head_shape), rotary)
         k = rotate(self.k_proj(filtered).unflatten(-1, self.head_shape), rotary)

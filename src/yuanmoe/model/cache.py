@@ -61,8 +61,11 @@ class Cache:
     def select(self, rows: list[int]) -> None:
         """Keeps the given sequences, in this order; a row may be named more than once (beams, several samples)."""
         index = torch.tensor(rows, device=self.keys[0].device)
-        self.keys = [keys[index] for keys in self.keys]
-        self.values = [values[index] for values in self.values]
+        filled = max(self.lengths)
+        for layers in (self.keys, self.values):
+            for layer, slots in enumerate(layers):
+                layers[layer] = slots.new_empty(len(rows), *slots.shape[1:])
+                layers[layer][:, :filled] = slots[index, :filled]
         self.tails = [[tail[index] for tail in tails] for tails in self.tails]
         self.lengths = [self.lengths[row] for row in rows]
 
@@ -75,6 +78,7 @@ class CachedSequences:
         B = len(new_tokens)
         self._cache, self._past, self._new = cache, past, new_tokens
         self._uniform = len(set(past)) == 1 and len(set(new_tokens)) == 1
+        assert any(new_tokens), "a pass without new tokens"
         counts = torch.tensor(new_tokens)
         ends = counts.cumsum(0)
         starts = ends - counts
@@ -82,11 +86,14 @@ class CachedSequences:
         order = torch.arange(len(rows))
         first = order == starts[rows]
         # Indices into [tails of B sequences; N new tokens]: a first token's predecessor is its sequence's tail.
-        self._predecessor = torch.where(first, rows, order + B - 1).to(device)
-        self._tail = torch.where(counts > 0, ends + B - 1, torch.arange(B)).to(device)
-        self._rows = rows.to(device)
-        self._positions = (order - starts[rows] + torch.tensor(past)[rows]).to(device)
-        self.last = (ends - 1).to(device)
+        predecessor = torch.where(first, rows, order + B - 1)
+        tail = torch.where(counts > 0, ends + B - 1, torch.arange(B))
+        positions = order - starts[rows] + torch.tensor(past)[rows]
+        # One transfer for all: on a GPU each costs as much as a small kernel.
+        parts = (predecessor, rows, positions, tail, ends - 1)
+        on_device = torch.cat(parts).to(device).split([len(part) for part in parts])
+        self._predecessor, self._rows, self._positions, self._tail, last = on_device
+        self.last = last
         """Index of the last new token of each sequence, [B] (of sequences with new tokens)."""
 
     @property

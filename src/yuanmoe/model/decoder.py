@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from yuanmoe.config import ModelConfig
@@ -61,8 +62,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, sequences: Sequences) -> tuple[Tensor, tuple[Routing, ...]]:
-        """`input_ids` [N], the tokens of `sequences` in its order; returns hidden states [N, D] and routings."""
+    def forward(
+        self, input_ids: Int[Tensor, " N"], sequences: Sequences
+    ) -> tuple[Float[Tensor, "N D"], tuple[Routing, ...]]:
+        """The tokens of `sequences` in its order; returns final hidden states and routings."""
         x = self.embed_tokens(input_ids)
         rotary = self.rotary(sequences.positions)
         routings = []
@@ -96,13 +99,13 @@ class YuanForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The scores of all V tokens to come next, [.., V], for `hidden` [.., D]."""
+    def logits(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
+        """The scores of all V tokens to come next."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return linear(hidden, head.weight)
 
-    def forward(self, input_ids: Tensor) -> Output:
-        """B whole sequences `input_ids` [B, S] at once, without state; documents restart as `config.packing` says."""
+    def forward(self, input_ids: Int[Tensor, "B S"]) -> Output:
+        """B whole sequences at once, without state; documents restart as `config.packing` says."""
         config = self.config
         documents = None if config.packing == "continuous" else documents_of(input_ids, config.eod_token_id)
         sequences = WholeSequences(

@@ -5,6 +5,7 @@ Legend: N tokens, D hidden, E experts, F expert width.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from yuanmoe.model.linear import Linear
@@ -20,7 +21,7 @@ class DenseFeedForward(nn.Module):
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
@@ -32,7 +33,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * moe_intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, moe_intermediate_size))
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
         return experts_forward(x, self.gate_up_proj, self.down_proj, routing.weights, routing.experts)
 
 
@@ -47,7 +48,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = experts
         self.shared_experts = shared_experts
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Routing]:
         routing = self.router(x)
         y = self.experts(x, routing)
         if self.shared_experts is not None:

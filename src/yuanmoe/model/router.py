@@ -6,6 +6,7 @@ Projections run in the model's dtype, scores in float32 (spec 1.8). Legend: N to
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from yuanmoe.ops.linear import linear
@@ -19,8 +20,8 @@ class Routing(NamedTuple):
     logits: Tensor
 
 
-def choose(logits: Tensor, num_experts_per_tok: int) -> Routing:
-    """The experts with the largest of `logits` [N, E], softmax over the chosen; ties go to the lowest index.
+def choose(logits: Float32[Tensor, "N E"], num_experts_per_tok: int) -> Routing:
+    """The experts with the largest `logits`, softmax over the chosen; ties go to the lowest index.
 
     `torch.topk` leaves ties open, and the Attention Router makes exact ones: experts with equal queries score equally.
     """
@@ -29,8 +30,8 @@ def choose(logits: Tensor, num_experts_per_tok: int) -> Routing:
     return Routing(logits.gather(1, experts).softmax(dim=-1), experts, logits)
 
 
-def attention_scores(projected: Tensor) -> Tensor:
-    """P_i = sum_j softmax_j(q_i k_j) v_j for `projected` [N, 3E] = [q; k; v] in any dtype: [N, E] float32."""
+def attention_scores(projected: Float[Tensor, "N EEE"]) -> Float32[Tensor, "N E"]:
+    """P_i = sum_j softmax_j(q_i k_j) v_j for `projected` = [q; k; v], each of width E, in any dtype."""
     q, k, v = projected.float().chunk(3, dim=-1)
     related = (q[:, :, None] * k[:, None, :]).softmax(dim=-1)
     return (related @ v[:, :, None]).squeeze(-1)

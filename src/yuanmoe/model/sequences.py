@@ -7,7 +7,7 @@ Sources: spec 1.3 (a zero stands before each convolution separately), 1.7 (docum
 Legend: N tokens of the pass, B sequences, S tokens of a sequence, D channels, H heads, C head channels.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ FILTER_INPUT, FILTER_HIDDEN = 0, 1
 """The two streams that LFA looks back into: its input, and the output of its first convolution."""
 
 
+@runtime_checkable
 class Sequences(Protocol):
     """The past of each of N tokens. `layer_idx` and `stream` name the state to look into, where there is one."""
 

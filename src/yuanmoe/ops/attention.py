@@ -5,13 +5,16 @@ Legend: N tokens of all runs, S tokens of one run, T keys of one run (T >= S), H
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def causal_attention(
+    q: Float[Tensor, "B S H C"], k: Float[Tensor, "B T H C"], v: Float[Tensor, "B T H C"], dropout: float = 0.0
+) -> Float[Tensor, "B S H C"]:
     """Attention of the last S of T positions to everything before them and themselves.
 
-    `q` [B, S, H, C], `k` and `v` [B, T, H, C], result [B, S, H, C]; scale 1 / sqrt(C).
+    The scale is 1 / sqrt(C).
     """
     S, T = q.shape[1], k.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -22,10 +25,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
     return out.transpose(1, 2)
 
 
-def attend_runs(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout: float = 0.0) -> Tensor:
+def attend_runs(
+    q: Float[Tensor, "N H C"],
+    k: Float[Tensor, "N H C"],
+    v: Float[Tensor, "N H C"],
+    lengths: list[int],
+    dropout: float = 0.0,
+) -> Float[Tensor, "N H C"]:
     """Causal attention inside each of several consecutive runs of tokens; runs do not see one another.
 
-    `q`, `k`, `v` [N, H, C] with N = sum of `lengths`; result [N, H, C]. Runs of one length share one call.
+    N is the sum of `lengths`. Runs of one length share one call.
     """
     if len(set(lengths)) == 1:
         shape = (len(lengths), lengths[0], *q.shape[1:])

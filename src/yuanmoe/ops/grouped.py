@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from yuanmoe.ops.linear import linear, widens
@@ -25,49 +26,57 @@ class Dispatched(NamedTuple):
     order: Tensor
 
 
-def dispatch(x: Tensor, experts: Tensor, num_experts: int) -> Dispatched:
-    """Copies of `x` [N, D], one for each choice in `experts` [N, K], sorted by expert, first tokens first."""
+def dispatch(x: Float[Tensor, "N D"], experts: Int[Tensor, "N K"], num_experts: int) -> Dispatched:
+    """Copies of `x`, one for each choice in `experts`, sorted by expert, first tokens first."""
     flat = experts.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)
+    # Not bincount: on a GPU it waits for the largest value to size its result.
+    counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
     return Dispatched(x[order // experts.shape[1]], counts, order)
 
 
-def combine(outputs: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """The inverse of `dispatch`: `outputs` [N * K, D] back in place, summed with `weights` [N, K] (float32): [N, D]."""
+def combine(
+    outputs: Float[Tensor, "NK D"], order: Int[Tensor, " NK"], weights: Float[Tensor, "N K"]
+) -> Float[Tensor, "N D"]:
+    """The inverse of `dispatch`: `outputs` back in place, summed with `weights` in float32."""
     N, K = weights.shape
     place = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
-    chosen = outputs[place].view(N, K, -1).float()
+    chosen = outputs[place].view(N, K, outputs.shape[1]).float()
     return (chosen * weights[..., None]).sum(dim=1).to(outputs.dtype)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Each group of `counts` [E] rows of `x` [M, I] times its own matrix of `weight` [E, O, I]: [M, O]."""
+def grouped_linear(
+    x: Float[Tensor, "M I"], weight: Float[Tensor, "E O I"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "M O"]:
+    """Each group of `counts` rows of `x` times its own matrix of `weight`."""
     if _has_grouped_matmul(x, weight):
         offsets = counts.cumsum(0).to(torch.int32)
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     groups = zip(x.split(counts.tolist()), weight.unbind(0), strict=True)
-    return torch.cat([linear(rows, matrix) if len(rows) else rows @ matrix.T for rows, matrix in groups])
+    return torch.cat([linear(rows, matrix) for rows, matrix in groups])
 
 
 def _has_grouped_matmul(x: Tensor, weight: Tensor) -> bool:
     aligned = weight.shape[1] * weight.element_size() % 16 == 0 and weight.shape[2] * weight.element_size() % 16 == 0
-    dtype_fits = x.device.type == "cpu" or x.dtype == torch.bfloat16
+    dtype_fits = x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16))
     return aligned and dtype_fits and x.dtype == weight.dtype and not widens(x, weight)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(first half) * second half of the last dimension: [.., 2F] to [.., F] (spec 1.9)."""
+def swiglu(gate_up: Float[Tensor, "*N FF"]) -> Float[Tensor, "*N F"]:
+    """silu(first half) * second half of the last dimension (spec 1.9)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """The mixture: for each token the sum over its `experts` [N, K] of `weights` [N, K] times expert(x).
-
-    `x` [N, D], `gate_up` [E, 2F, D], `down` [E, D, F]; result [N, D].
-    """
-    if x.device.type == "cpu" and len(x) <= GATHERED_UP_TO_TOKENS and not torch.is_grad_enabled():
+def experts_forward(
+    x: Float[Tensor, "N D"],
+    gate_up: Float[Tensor, "E FF D"],
+    down: Float[Tensor, "E D F"],
+    weights: Float[Tensor, "N K"],
+    experts: Int[Tensor, "N K"],
+) -> Float[Tensor, "N D"]:
+    """The mixture: for each token the sum over its `experts` of `weights` times expert(x); FF is 2 F."""
+    if x.device.type == "cpu" and 0 < len(x) <= GATHERED_UP_TO_TOKENS and not torch.is_grad_enabled():
         return _gathered(x, gate_up, down, weights, experts)
     sent = dispatch(x, experts, gate_up.shape[0])
     hidden = swiglu(grouped_linear(sent.tokens, gate_up, sent.counts))
@@ -79,7 +88,7 @@ def _gathered(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts
     for token, chosen, share in zip(x.split(1), experts.tolist(), weights.split(1), strict=True):
         outputs = [linear(swiglu(linear(token, gate_up[e])), down[e]) for e in chosen]
         rows.append((torch.cat(outputs).float() * share.T).sum(dim=0, keepdim=True))
-    return torch.cat(rows).to(x.dtype) if rows else x.new_empty(x.shape)
+    return torch.cat(rows).to(x.dtype)
 
 
 def experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

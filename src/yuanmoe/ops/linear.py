@@ -9,6 +9,7 @@ Legend: N tokens, I inputs, O outputs.
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 WIDEN_FROM_TOKENS = 12
@@ -19,11 +20,13 @@ BLOCK_ELEMENTS = 1 << 20
 
 def has_bfloat16_matmul() -> bool:
     """Whether oneDNN multiplies bfloat16 with instructions of this CPU (AVX-512 and later, or Arm's)."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` [N, I] times `weight` [O, I] transposed, plus `bias` [O]: [N, O] in the dtype of `x`."""
+def linear(
+    x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "*N O"]:
+    """`x` times `weight` transposed, plus `bias`, in the dtype of `x`."""
     if widens(x, weight):
         return _widened(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -32,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def widens(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` goes through float32 blocks here: bfloat16 on a CPU without such instructions, no gradient."""
     return (
-        weight.dtype == torch.bfloat16
+        x.dtype == weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and x.numel() >= WIDEN_FROM_TOKENS * x.shape[-1]
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))

@@ -4,12 +4,15 @@ Legend: N tokens, H heads, C head channels, R rotated channels (R <= C).
 """
 
 import torch
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from yuanmoe.config import RopeAngles
 
 
-def rotary_tables(positions: Tensor, rotary_dim: int, theta: float, angles: RopeAngles) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Int[Tensor, " N"], rotary_dim: int, theta: float, angles: RopeAngles
+) -> tuple[Float32[Tensor, "N half"], Float32[Tensor, "N half"]]:
     """Cosines and sines of every angle, each [N, R / 2] in float32.
 
     `positions` is [N], integer. `angles="bfloat16"` rounds frequencies, positions and products as the released HF
@@ -22,7 +25,9 @@ def rotary_tables(positions: Tensor, rotary_dim: int, theta: float, angles: Rope
     return products.cos().float(), products.sin().float()
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(
+    x: Float[Tensor, "N H C"], tables: tuple[Float32[Tensor, "N half"], Float32[Tensor, "N half"]]
+) -> Float[Tensor, "N H C"]:
     """`x` [N, H, C] with channels i and i + R/2 of its first R rotated by the token's angles; computed in float32."""
     cos, sin = (table[:, None, :] for table in tables)
     half = cos.shape[-1]

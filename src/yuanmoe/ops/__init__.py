@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the arithmetic of the model, each fast path beside its plain reference."""
