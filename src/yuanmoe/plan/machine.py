@@ -111,7 +111,8 @@ def as_device(machine: Machine, bandwidth: Rate, matmul: Rate, memory_bytes: int
         bandwidth=bandwidth.median,
         bf16_flops=matmul.median * _best(_BF16_UNITS, machine.features),
         quantized_flops=matmul.median * _best(_INT8_UNITS, machine.features),
-        source=f"measured on {machine.cores} cores of {machine.cpu}",
+        source=f"measured on {machine.cores} cores of {machine.cpu}: "
+        f"bandwidth within {bandwidth.spread:.0%}, matmul within {matmul.spread:.0%}",
     )
 
 

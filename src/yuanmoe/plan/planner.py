@@ -16,7 +16,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cost import PRECISIONS, Precision
 from yuanmoe.plan.devices import DEVICES, Device
-from yuanmoe.plan.sizes import GIB, format_size
+from yuanmoe.plan.sizes import GIB
 
 RUNTIME_BYTES = GIB
 """Python, torch and allocator slack: torch alone takes 0.25 GiB on a CPU, a CUDA context about 0.5 GiB."""
@@ -62,18 +62,6 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Remedy:
-    """One change that makes a model fit."""
-
-    change: Literal["bits", "context", "batch", "device"]
-    value: int | str
-    total_bytes: int
-
-    def __str__(self) -> str:
-        return f"--{self.change} {self.value} takes {format_size(self.total_bytes)}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What is asked of a device: a model, the bits of its weights, and sequences side by side with a context each.
 
@@ -95,6 +83,14 @@ class Load:
     @property
     def precision(self) -> Precision:
         return PRECISIONS[self.bits]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """What to change in the command so that the model fits, such as `--bits 4 --context 2048`."""
+
+    options: str
+    total_bytes: int
 
 
 def memory(load: Load) -> Memory:
@@ -148,36 +144,46 @@ def _roofline(tokens: int, bytes_read: float, flops: float, bits: int, device: D
 
 
 def remedies(load: Load, device: Device) -> list[Remedy]:
-    """Single changes that make the load fit, each as small as possible; empty when it fits or nothing helps."""
+    """Changes that make the load fit: one alone if that is enough, each as small as possible; empty when it fits."""
     if fits(load, device):
         return []
-    candidates = (
+    fewest = min(PRECISIONS)
+    found = [
         _largest_that_fits(load, device, "bits", sorted(bits for bits in PRECISIONS if bits < load.bits)),
+        *_shorter_or_fewer(load, device),
+    ]
+    if not any(found) and load.bits > fewest:
+        found = _shorter_or_fewer(dataclasses.replace(load, bits=fewest), device)
+    changes = [_remedy(load, lighter) for lighter in found if lighter is not None]
+    return [*changes, *_smallest_device(load)]
+
+
+def _shorter_or_fewer(load: Load, device: Device) -> list[Load | None]:
+    return [
         _largest_that_fits(load, device, "context", range(SHORTEST_CONTEXT, load.context)),
         _largest_that_fits(load, device, "batch", range(1, load.batch)),
-        _smallest_device(load),
-    )
-    return [remedy for remedy in candidates if remedy is not None]
+    ]
 
 
-def _largest_that_fits(
-    load: Load, device: Device, change: Literal["bits", "context", "batch"], values: Sequence[int]
-) -> Remedy | None:
-    """`values` ascend, and memory with them."""
+def _largest_that_fits(load: Load, device: Device, field: str, values: Sequence[int]) -> Load | None:
+    """The load with the largest of `values` in one field; they ascend, and memory with them."""
 
     def with_value(value: int) -> Load:
-        return dataclasses.replace(load, **{change: value})
+        return dataclasses.replace(load, **{field: value})
 
     count = bisect.bisect_left(values, True, key=lambda value: not fits(with_value(value), device))
-    if count == 0:
-        return None
-    value = values[count - 1]
-    return Remedy(change=change, value=value, total_bytes=memory(with_value(value)).total)
+    return with_value(values[count - 1]) if count else None
 
 
-def _smallest_device(load: Load) -> Remedy | None:
+def _remedy(asked: Load, lighter: Load) -> Remedy:
+    changed = [name for name in ("bits", "context", "batch") if getattr(lighter, name) != getattr(asked, name)]
+    options = " ".join(f"--{name} {getattr(lighter, name)}" for name in changed)
+    return Remedy(options=options, total_bytes=memory(lighter).total)
+
+
+def _smallest_device(load: Load) -> list[Remedy]:
     large_enough = [device for device in DEVICES.values() if fits(load, device)]
     if not large_enough:
-        return None
+        return []
     smallest = min(large_enough, key=lambda device: device.memory_bytes)
-    return Remedy(change="device", value=smallest.name, total_bytes=memory(load).total)
+    return [Remedy(options=f"--device {smallest.name}", total_bytes=memory(load).total)]

@@ -1,0 +1,31 @@
+"""Where commands write: people read stderr, programs read stdout, whose last line is one JSON object."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def people() -> Console:
+    """A console on stderr, for tables and progress."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table under its title: the first column is text, the others are numbers on the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(f"[bold]{title}[/]")
+    console.print(table)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The result of a command as one line of JSON; call it last. Numbers must be finite."""
+    # Flushed at once, so that a reader that went away is noticed here and not at exit.
+    print(json.dumps(result, allow_nan=False), flush=True)
