@@ -1,0 +1,57 @@
+"""Conversations in the format that Yuan's instruction models were tuned on: `question<sep>`, turns joined by newlines.
+
+Sources: the template published with the Janus models, and the formats of IEIT-Yuan/Yuan2.0-M32 (docs/data_process.md).
+The format has one special token, the last `<sep>`; turns are told apart by newlines alone, which contents may hold too.
+Not here: the Jinja form of the same format (`chat_template`), the loss mask of fine-tuning.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from yuanmoe.data.chat_template import SEP, Newline, turn_end
+from yuanmoe.data.tokenizer import Tokenizer
+from yuanmoe.errors import UsageError
+
+ROLES = ("system", "user", "assistant")
+
+Message = Mapping[str, object]
+"""`{"role": "user", "content": "..."}`, as in the OpenAI API."""
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, newline: Newline = "newline") -> list[int]:
+    """Ids of a conversation that waits for its answer. Special strings in contents are plain text.
+
+    Raises UsageError when there is no such conversation in `messages`.
+    """
+    return [*tokenizer.encode(_render(messages, newline), allow_special=False), tokenizer.sep_id]
+
+
+def render_chat(messages: Sequence[Message], *, newline: Newline = "newline") -> str:
+    """The same as text, for display and logs; to tokenize this would let contents smuggle special tokens in."""
+    return _render(messages, newline) + SEP
+
+
+def _render(messages: Sequence[Message], newline: Newline) -> str:
+    """System contents with a newline, the others stripped and joined by `newline`; nothing after the last."""
+    end = turn_end(newline)
+    if not messages:
+        raise UsageError("the conversation has 0 messages; it needs at least 1, from the user")
+    contents = [_content(place, message) for place, message in enumerate(messages, start=1)]
+    if messages[-1]["role"] != "user" or not contents[-1].strip():
+        raise UsageError(
+            f"message {len(messages)}, the last one, is from {messages[-1]['role']!r} and has "
+            f"{len(contents[-1].strip())} characters; the last message must be from 'user' and hold text"
+        )
+    turns = [
+        content + "\n" if message["role"] == "system" else content.strip() + end
+        for message, content in zip(messages[:-1], contents[:-1], strict=True)
+    ]
+    return "".join(turns) + contents[-1].strip()
+
+
+def _content(place: int, message: Message) -> str:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise UsageError(f"message {place} has the role {role!r}; it must be one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise UsageError(f"message {place} has content of type {type(content).__name__}; it must be text")
+    return content
