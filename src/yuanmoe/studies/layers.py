@@ -66,7 +66,8 @@ def build_mixtral(model: YuanForCausalLM) -> Any:
                 max_position_embeddings=config.max_position_embeddings,
             )
         )
-    for theirs, ours in zip(peer.model.layers, model.model.layers, strict=True):
+    layers: Any = zip(peer.model.layers, model.model.layers, strict=True)
+    for theirs, ours in layers:
         theirs.mlp.experts.gate_up_proj = ours.mlp.experts.gate_up_proj
         theirs.mlp.experts.down_proj = ours.mlp.experts.down_proj
     for module in peer.modules():

@@ -1,7 +1,7 @@
 """Honest timings: contenders take turns in one run, and every figure is a median with its spread."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -25,7 +25,7 @@ class Timing:
 
 
 def take_turns(
-    contenders: dict[str, Callable[[], object]], runs: int, on_run: Callable[[str, float], None] | None = None
+    contenders: Mapping[str, Callable[[], object]], runs: int, on_run: Callable[[str, float], None] | None = None
 ) -> dict[str, Timing]:
     """Times the contenders in turn, A B A B, after one uncounted call of each, so that drift hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
