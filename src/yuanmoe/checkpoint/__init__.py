@@ -1,0 +1,1 @@
+"""Checkpoints in every released format, read lazily, and written beside and renamed."""

@@ -1,0 +1,105 @@
+"""Weights that GPTQ packed into 4 or 8 bits, unpacked when read; the codes stay accessible.
+
+Per linear of I inputs and O outputs (spec 3.5): `qweight` int32 [I * bits / 32, O], inputs packed low bits first;
+`qzeros` int32 [groups, O * bits / 32], packed along the outputs, zero minus one; `scales` fp16 [groups, O];
+`g_idx` int32 [I], the group of each input. weight[o, i] = scales[g, o] * (code - zero), rounded once to fp16.
+Not here: quantizing (`quantize.py`), and running in few bits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yuanmoe.checkpoint.lazy import LazyTensor
+from yuanmoe.errors import CheckpointError
+
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedTensor(LazyTensor):
+    """The weight [O, I] of one packed linear; reading some rows unpacks those rows."""
+
+    name: str
+    bits: int
+    qweight: LazyTensor
+    qzeros: LazyTensor
+    scales: LazyTensor
+    g_idx: LazyTensor
+
+    def flat(self, start: int, stop: int) -> Tensor:
+        inputs = self.shape[1]
+        first, last = start // inputs, -(-stop // inputs)
+        groups = self._groups()
+        codes = unpack(self.qweight.read()[:, first:last], self.bits)
+        zeros = unpack(self.qzeros.read().T, self.bits)[first:last].T
+        # Stored minus one; a zero of 0 went round to the largest code, and comes back round.
+        zeros = (zeros + 1) & (2**self.bits - 1)
+        scales = self.scales.read()[:, first:last].float()
+        weight = (codes - zeros[groups]) * scales[groups]
+        rows = weight.to(self.dtype).T.reshape(-1)
+        return rows[start - first * inputs : stop - first * inputs]
+
+    def _groups(self) -> Tensor:
+        groups, count = self.g_idx.read().long(), self.scales.shape[0]
+        if bool(((groups < 0) | (groups >= count)).any()):
+            raise CheckpointError(f"{self.name}.g_idx names groups outside 0..{count - 1}; the file is damaged")
+        return groups
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Codes [W * 32 / bits, N] out of int32 `words` [W, N], low bits first."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32).view(1, -1, 1)
+    return ((words.unsqueeze(1) >> shifts) & (2**bits - 1)).flatten(0, 1)
+
+
+def packed_tensors(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """`tensors` with every packed linear `X` as one `X.weight`.
+
+    `settings` are those of quantize_config.json. Raises CheckpointError for another method or packing, and for parts
+    that are missing or do not fit each other.
+    """
+    method, bits = settings.get("quant_method", "gptq"), settings.get("bits")
+    if method != "gptq" or settings.get("checkpoint_format", "gptq") != "gptq" or bits not in (2, 4, 8):
+        raise CheckpointError(
+            f"weights packed by {method!r} ({settings.get('checkpoint_format', 'gptq')!r}) in {bits!r} bits; "
+            "supported: 'gptq' in 2, 4 or 8 bits"
+        )
+    packed = {name.rpartition(".")[0] for name in tensors if name.endswith(".qweight")}
+    parts = {f"{name}.{suffix}" for name in packed for suffix in SUFFIXES}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    return plain | {f"{name}.weight": _packed(name, tensors, bits) for name in sorted(packed)}
+
+
+def _packed(name: str, tensors: Mapping[str, LazyTensor], bits: int) -> PackedTensor:
+    missing = [f"{name}.{suffix}" for suffix in SUFFIXES if f"{name}.{suffix}" not in tensors]
+    if missing:
+        raise CheckpointError(f"tensor {missing[0]!r} of a packed weight is missing; download the files again")
+    qweight, qzeros, scales, g_idx = (tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)
+    (words, outputs), (groups, _) = _matrix(qweight), _matrix(scales)
+    inputs = words * 32 // bits
+    expected = ((words, outputs), (groups, outputs * bits // 32), (groups, outputs), (inputs,))
+    found = (qweight.shape, qzeros.shape, scales.shape, g_idx.shape)
+    integers = {qweight.dtype, qzeros.dtype} == {torch.int32} and scales.dtype.is_floating_point
+    if found != expected or not integers:
+        raise CheckpointError(
+            f"{', '.join(SUFFIXES)} of {name} have shapes {found} and dtypes {qweight.dtype}, {qzeros.dtype}, "
+            f"{scales.dtype}; expected {expected} and int32, int32, float16"
+        )
+    return PackedTensor(
+        shape=(outputs, inputs),
+        dtype=scales.dtype,
+        name=name,
+        bits=bits,
+        qweight=qweight,
+        qzeros=qzeros,
+        scales=scales,
+        g_idx=g_idx,
+    )
+
+
+def _matrix(tensor: LazyTensor) -> tuple[int, int]:
+    return (tensor.shape[0], tensor.shape[1]) if len(tensor.shape) == 2 else (0, 0)

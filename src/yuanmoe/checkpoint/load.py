@@ -1,0 +1,85 @@
+"""Read a checkpoint into memory, or map it where it is what memory needs already.
+
+A native checkpoint in its own dtype on the CPU is not copied: its tensors are private copy-on-write maps of the files.
+Anything else is copied block by block, after it was checked that it fits.
+Not here: formats (`store.py`).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yuanmoe.checkpoint.lazy import LazyTensor, cast
+from yuanmoe.checkpoint.mapping import layout
+from yuanmoe.checkpoint.native_config import dtype_name
+from yuanmoe.checkpoint.store import Source, open_checkpoint
+from yuanmoe.errors import ResourceError, UsageError
+from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.sizes import format_size
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ignore_unknown: bool = False,
+    **changes: Any,
+) -> YuanForCausalLM:
+    """The model of a checkpoint of any format, ready for inference.
+
+    `dtype` is the one that most weights are stored in unless one is named. `changes` are fields of ModelConfig that
+    change what is computed, not the weights: `rope_theta`, `rope_angles`, `packing`. Raises what `open_checkpoint` and
+    `load_state` raise, and UsageError for other changes.
+    """
+    source = open_checkpoint(path, ignore_unknown=ignore_unknown)
+    config = source.config.replace(**changes)
+    if layout(config) != layout(source.config):
+        raise UsageError(f"{', '.join(changes)} cannot be changed while loading: the weights would not fit")
+    with torch.device("meta"):
+        model = YuanForCausalLM(config)
+    state = load_state(source, dtype=dtype or source.dtype, device=device)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def load_state(
+    source: Source, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """All weights under our names, in their own dtypes unless one is named.
+
+    Raises ResourceError before anything is read when they do not fit, CheckpointError for weights beyond `dtype`.
+    """
+    device = torch.device(device)
+    tensors = {name: cast(tensor, dtype, name) for name, tensor in source.tensors.items()}
+    _check_memory(source, tensors, device)
+    state = {}
+    for name, tensor in tensors.items():
+        state[name] = tensor.read(device)
+        if not tensor.is_view:
+            source.release()
+    return state
+
+
+def _check_memory(source: Source, tensors: Mapping[str, LazyTensor], device: torch.device) -> None:
+    if device.type == "cuda":
+        free, place = torch.cuda.mem_get_info(device)[0], str(device)
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+    else:
+        free, place = read_machine().available_bytes, "RAM"
+        needed = sum(tensor.nbytes for tensor in tensors.values() if not tensor.is_view)
+    if free is None or needed <= free:
+        return
+    dtypes = ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors.values()}))
+    ways = ["a smaller dtype", "4-bit weights: yuanmoe quantize"]
+    if device.type == "cpu":
+        native = f"the native layout in its own dtype, which is not copied: yuanmoe convert {source.path} NEW"
+        ways.insert(0, native)
+    raise ResourceError(
+        f"{source.path} in {dtypes} needs {format_size(needed)} of {place}, {format_size(free)} are free. "
+        f"Ways out: {'; '.join(ways)}"
+    )

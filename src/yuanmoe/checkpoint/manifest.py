@@ -1,0 +1,34 @@
+"""What was written into a checkpoint directory: the size and sha256 of every finished shard.
+
+While a directory is being written this is its journal: a listed shard is on the disk, and the next run need not write
+it again. Afterwards `verify.py` compares the files with it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from yuanmoe.checkpoint.folder import write_synced
+from yuanmoe.checkpoint.json_file import json_text, read_json
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Finished shards by file name, each `{"bytes": .., "sha256": ..}`, of what `fingerprint` stands for."""
+
+    fingerprint: str
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """The manifest in a folder; None where there is none."""
+        if not (folder / MANIFEST).is_file():
+            return None
+        values = read_json(folder / MANIFEST)
+        return cls(fingerprint=str(values.get("fingerprint")), shards=dict(values.get("shards", {})))
+
+    def write(self, folder: Path) -> None:
+        """Put it on the disk, whole or not at all."""
+        write_synced(folder / MANIFEST, json_text({"fingerprint": self.fingerprint, "shards": self.shards}))

@@ -1,0 +1,171 @@
+"""Write a checkpoint directory shard by shard, so that memory stays bounded and an interrupted run goes on.
+
+The directory holds config.json, safetensors shards with an index where there are several, `manifest.json`, and copies
+of the small files that came with the source. Not here: names and configurations of a layout (`save.py`).
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from yuanmoe.checkpoint.folder import check_free_disk, copy_synced, new_folder, write_synced
+from yuanmoe.checkpoint.json_file import json_text
+from yuanmoe.checkpoint.lazy import LazyTensor
+from yuanmoe.checkpoint.manifest import Manifest
+from yuanmoe.checkpoint.safetensors_file import write_safetensors
+from yuanmoe.checkpoint.shards import SAFETENSORS_INDEX
+from yuanmoe.errors import CheckpointError
+
+SHARD_BYTES = 5_000_000_000
+"""A shard holds at most this, or one tensor. One layer of M32 has 3.3 GB."""
+
+_LOG = logging.getLogger(__name__)
+
+_SMALL_FILES_BYTES = 16 << 20
+"""Room for config.json, the index, the manifest and headers; M32's have 1 MB."""
+
+
+def silent(*_: object) -> None:
+    """Hears, and does nothing."""
+
+
+class WriteOptions(TypedDict, total=False):
+    """How to write; every one may be left out."""
+
+    shard_bytes: int
+    """Bytes of tensors in one file, `SHARD_BYTES` by default; a larger tensor has a file of its own."""
+    overwrite: bool
+    """Replace a checkpoint that has the name, once the new one is complete."""
+    progress: Callable[[int, int], None]
+    """Hears bytes of tensors done and in all, after every block."""
+    say: Callable[[str], None]
+    """Hears that a run resumes or starts over; the log by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a checkpoint directory is to hold."""
+
+    tensors: Mapping[str, LazyTensor]
+    config: Mapping[str, Any]
+    copies: Sequence[Path] = ()
+    fingerprint: str = ""
+    """Of where the tensors come from; only the same one resumes, and without one nothing does."""
+    release: Callable[[], None] = silent
+    """Gives back the memory of what was read; called after every tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written: bytes of tensors in all, and how many shards of how many were there from an earlier run."""
+
+    path: Path
+    tensors: int
+    nbytes: int
+    shards: int
+    resumed_shards: int
+
+
+def write_checkpoint(
+    dst: Path | str,
+    contents: Contents,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = silent,
+    say: Callable[[str], None] = _LOG.warning,
+) -> Written:
+    """Write `contents` beside `dst`, flush it to the disk, and rename it.
+
+    Raises what `folder.new_folder` raises, and ResourceError before anything is written when the disk is too small.
+    """
+    dst = Path(dst).absolute()
+    shards = _plan(contents.tensors, shard_bytes)
+    total = sum(tensor.nbytes for tensor in contents.tensors.values())
+    with new_folder(dst, overwrite=overwrite) as folder:
+        manifest = _begin(folder, contents, shards, say)
+        resumed = len(manifest.shards)
+        missing = {name: tensors for name, tensors in shards.items() if name not in manifest.shards}
+        done = total - sum(tensor.nbytes for tensors in missing.values() for tensor in tensors.values())
+        copies_bytes = sum(path.stat().st_size for path in contents.copies)
+        check_free_disk(folder, total - done + copies_bytes + _SMALL_FILES_BYTES)
+
+        def written(size: int) -> None:
+            nonlocal done
+            done += size
+            contents.release()
+            progress(done, total)
+
+        for name, tensors in missing.items():
+            digest = write_safetensors(folder / name, tensors, on_bytes=written)
+            manifest.shards[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
+            manifest.write(folder)
+        _write_small_files(folder, contents, shards, total)
+    return Written(path=dst, tensors=len(contents.tensors), nbytes=total, shards=len(shards), resumed_shards=resumed)
+
+
+def _plan(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> dict[str, dict[str, LazyTensor]]:
+    """The tensors of each shard by file name: in order, as many as fit."""
+    groups: list[dict[str, LazyTensor]] = []
+    room = -1
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room:
+            groups.append({})
+            room = shard_bytes
+        groups[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{at:05}-of-{len(groups):05}.safetensors": group for at, group in enumerate(groups, 1)}
+
+
+def _begin(
+    folder: Path, contents: Contents, shards: Mapping[str, Mapping[str, LazyTensor]], say: Callable[[str], None]
+) -> Manifest:
+    """The manifest to go on with: an earlier run's of the same contents, or an empty one in an empty folder."""
+    found = Manifest.read(folder)
+    if found is None and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is in the way: it is not an unfinished checkpoint; remove it")
+    manifest = Manifest(fingerprint=_fingerprint(contents, shards))
+    if found is not None and found.fingerprint == manifest.fingerprint:
+        sizes = {name: entry["bytes"] for name, entry in found.shards.items()}
+        whole = {
+            name for name, size in sizes.items() if (folder / name).is_file() and (folder / name).stat().st_size == size
+        }
+        manifest.shards.update({name: found.shards[name] for name in shards if name in whole})
+        say(f"resuming {folder}: {len(manifest.shards)} of {len(shards)} shards are there")
+    elif found is not None:
+        say(f"starting over: {folder} was begun from another source or with other options")
+    for path in folder.iterdir():
+        if path.name not in manifest.shards:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    manifest.write(folder)
+    return manifest
+
+
+def _fingerprint(contents: Contents, shards: Mapping[str, Mapping[str, LazyTensor]]) -> str:
+    """Of the source and of all that is to be written; a new one each time where the source has none."""
+    plan = {
+        shard: [(name, str(tensor.dtype), tensor.shape) for name, tensor in tensors.items()]
+        for shard, tensors in shards.items()
+    }
+    facts = [contents.fingerprint or uuid.uuid4().hex, contents.config, plan]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _write_small_files(
+    folder: Path, contents: Contents, shards: Mapping[str, Mapping[str, LazyTensor]], total: int
+) -> None:
+    if len(shards) > 1:
+        places = {name: shard for shard, tensors in shards.items() for name in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_synced(folder / SAFETENSORS_INDEX, json_text(index))
+    for path in contents.copies:
+        copy_synced(path, folder)
+    write_synced(folder / "config.json", json_text(contents.config))
