@@ -139,6 +139,16 @@ def test_tokens_that_are_no_bytes() -> None:
         BPETokenizer(backend)
 
 
+def test_added_tokens_are_taken_as_they_are_written() -> None:
+    """A file of others may add tokens that are not special; their text is no spelling of bytes."""
+    backend = tokenizers.Tokenizer.from_str(bpe()._to_file().decode())
+    backend.add_tokens([tokenizers.AddedToken("\u4e2d \u6587", special=False)])
+    tokenizer = BPETokenizer(backend)
+    assert tokenizer.encode("\u4e2d \u6587!")[0] == 400
+    assert tokenizer.decode(tokenizer.encode("\u4e2d \u6587!")) == "\u4e2d \u6587!"
+    assert len(tokenizer.special_tokens) == 6
+
+
 def test_another_models_tokenizer() -> None:
     check_tokenizer(bpe(), 400)
     check_tokenizer(bpe(), 512, eod_id=0)

@@ -41,9 +41,9 @@ class BPETokenizer(Tokenizer):
             )
         backend.encode_special_tokens = True  # as plain text; the base class splits them out where they are allowed
         self._backend = backend
-        added = backend.get_added_tokens_decoder()
-        special_tokens = {token.content: token_id for token_id, token in sorted(added.items()) if token.special}
-        super().__init__(_token_bytes(backend.get_vocab(), special_tokens), special_tokens)
+        added = sorted(backend.get_added_tokens_decoder().items())
+        special_tokens = {token.content: token_id for token_id, token in added if token.special}
+        super().__init__(_token_bytes(backend.get_vocab(), {token.content for _, token in added}), special_tokens)
 
     @classmethod
     def from_file(cls, path: Path) -> "BPETokenizer":
@@ -107,15 +107,15 @@ def _first(texts: Iterable[str], max_characters: int) -> Iterator[str]:
         left -= len(text)
 
 
-def _token_bytes(vocab: dict[str, int], special_tokens: dict[str, int]) -> list[bytes]:
-    """Bytes of every id; byte-level BPE spells each byte as one printable character."""
+def _token_bytes(vocab: dict[str, int], added: set[str]) -> list[bytes]:
+    """Bytes of every id; byte-level BPE spells each byte as one printable character, but not in added tokens."""
     byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
     texts = {token_id: text for text, token_id in vocab.items()}
     if sorted(texts) != list(range(len(vocab))):
         raise TokenizerError(f"{len(vocab)} tokens do not have the ids 0..{len(vocab) - 1}; train the tokenizer again")
     try:
         return [
-            text.encode() if text in special_tokens else bytes(byte_of[character] for character in text)
+            text.encode() if text in added else bytes(byte_of[character] for character in text)
             for _, text in sorted(texts.items())
         ]
     except KeyError as error:
