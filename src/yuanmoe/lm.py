@@ -1,0 +1,204 @@
+"""A model with its tokenizer: text in, text out.
+
+Answers end at `<eod>`; a document starts after `<eod>`, as in training (arXiv 2311.15786 section 3.3). Formats of
+questions and conversations are `data.chat`'s. Not here: batches that requests join and leave (serving), the terminal.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from yuanmoe.checkpoint.load import load_model
+from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.data.chat import Message, encode_chat
+from yuanmoe.data.detokenize import StopStrings, StreamingDetokenizer
+from yuanmoe.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from yuanmoe.engine.generate import FinishReason, Generation, Timing, Token, TokenRouting
+from yuanmoe.engine.sampling import SamplingParams
+from yuanmoe.engine.score import score
+from yuanmoe.errors import UsageError
+from yuanmoe.model.decoder import YuanForCausalLM
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Prompt = str | list[int]
+"""A text to continue, or token ids."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Completion:
+    """What a model said to one prompt; while it is streamed, what it said so far."""
+
+    prompt_tokens: int
+    text: str = ""
+    """Without special tokens, and up to the stop string or token if one ended it."""
+    ids: list[int] = field(default_factory=list)
+    """Every token that was generated, the one that ended it included."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token, under the model itself: before penalties, temperature and filters."""
+    finish_reason: FinishReason | None = None
+    """`stop`: a stop token or string; `length`: max_new_tokens or the context; None: not finished."""
+    routings: list[TokenRouting | None] = field(default_factory=list)
+    """Of each token, if asked for; None for the last one, which no pass reads."""
+    timing: Timing = field(default_factory=Timing)
+    """Of the whole batch that the prompt was in."""
+
+
+class _Answer:
+    """One completion as it grows, token by token."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+        self.completion = Completion(prompt_tokens=len(prompt_ids))
+        self.stops = StopStrings(stop)
+        self._detokenizer = StreamingDetokenizer(tokenizer, skip_special=True, previous=prompt_ids[-1])
+
+    def push(self, token: Token) -> str:
+        """The text that is certain now and was not before."""
+        completion = self.completion
+        completion.ids.append(token.token_id)
+        completion.logprobs.append(token.logprob)
+        completion.routings.append(token.routing)
+        completion.finish_reason = token.finish_reason
+        if token.finish_reason == "stop":
+            return ""
+        return self._add(self.stops.push(self._detokenizer.push(token.token_id)))
+
+    def finish(self) -> str:
+        """The text that was held back, now that nothing follows."""
+        return self._add(self.stops.push(self._detokenizer.flush()) + self.stops.flush())
+
+    def _add(self, piece: str) -> str:
+        self.completion.text += piece
+        if self.stops.matched is not None:
+            self.completion.finish_reason = "stop"
+        return piece
+
+
+class Stream:
+    """An answer on its way: an iterator over pieces of its text, each whole characters."""
+
+    def __init__(self, generation: Generation, answer: _Answer) -> None:
+        self._generation = generation
+        self._answer = answer
+        self.completion = answer.completion
+        """What was said so far."""
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self._generation:
+            piece = self._answer.push(token)
+            self.completion.timing = self._generation.timing
+            if self._answer.stops.matched is not None:
+                self._generation.stop(0)
+            yield piece
+        yield self.finish()
+
+    def finish(self) -> str:
+        """Ends the answer here, when no more of it is wanted: the text that was held back so far."""
+        return self._answer.finish()
+
+
+class LanguageModel:
+    """A Yuan model that reads and writes text.
+
+    `generate`, `chat`, `fill` and `stream` take the fields of `SamplingParams` as keywords (greedy by default, up to
+    `<eod>` or the end of the context), `stop`, strings that end an answer and are not part of it, and `routing`,
+    whether to say which experts each token visited.
+    """
+
+    def __init__(self, model: YuanForCausalLM, tokenizer: Tokenizer) -> None:
+        """Raises TokenizerError when the tokenizer does not belong to the model."""
+        check_tokenizer(tokenizer, model.config.vocab_size, model.config.eod_token_id)
+        self.model = model
+        self.config = model.config
+        self.tokenizer = tokenizer
+
+    def generate(
+        self, prompt: Prompt, *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any
+    ) -> Completion:
+        """Continues a text. Raises UsageError and ContextLengthError before anything is computed."""
+        return self.generate_batch([prompt], stop=stop, routing=routing, **sampling)[0]
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any
+    ) -> list[Completion]:
+        """Continues several texts together, each as if it were alone."""
+        generation, answers = self._start(prompts, stop, routing, sampling)
+        for token in generation:
+            answers[token.sequence].push(token)
+            if answers[token.sequence].stops.matched is not None:
+                generation.stop(token.sequence)
+        for answer in answers:
+            answer.finish()
+            answer.completion.timing = generation.timing
+        return [answer.completion for answer in answers]
+
+    def stream(self, prompt: Prompt, *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any) -> Stream:
+        """Continues a text, piece by piece. Raises as `generate` does, here and not while it runs."""
+        generation, answers = self._start([prompt], stop, routing, sampling)
+        return Stream(generation, answers[0])
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
+        """Answers a conversation: `[{"role": "user", "content": "..."}]`."""
+        return self.generate(self.chat_ids(messages), **options)
+
+    def fill(self, prefix: str, suffix: str, **options: Any) -> Completion:
+        """Writes what belongs between two texts, for models trained to (arXiv 2311.15786 section 4)."""
+        return self.generate(self.fill_ids(prefix, suffix), **options)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The prompt that continues `text`, in which special strings count; an empty one starts a document."""
+        return self.tokenizer.encode(text) or [self.tokenizer.eod_id]
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that asks for the answer to a conversation; special strings in it are plain text."""
+        return encode_chat(self.tokenizer, messages)
+
+    def fill_ids(self, prefix: str, suffix: str) -> list[int]:
+        """The prompt that asks for what is between two plain texts."""
+        return self.tokenizer.fim(prefix, suffix)
+
+    def score(self, text: str) -> list[float]:
+        """The log-probability of each token of a document, given what is before it; the first one given `<eod>`."""
+        return score(self.model, [self.tokenizer.eod_id, *self.tokenizer.encode(text)])
+
+    def perplexity(self, text: str) -> float:
+        """exp of the mean negative log-probability of a document's tokens. Raises UsageError for an empty one."""
+        logprobs = self.score(text)
+        return math.exp(-sum(logprobs) / len(logprobs))
+
+    def _start(
+        self, prompts: Sequence[Prompt], stop: Sequence[str], routing: bool, sampling: dict[str, Any]
+    ) -> tuple[Generation, list[_Answer]]:
+        ids = [self.text_ids(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        sampling.setdefault("stop_ids", (self.tokenizer.eod_id,))
+        params = SamplingParams(**sampling)
+        generation = Generation(self.model, ids, params, vocab_size=self.tokenizer.vocab_size, routing=routing)
+        return generation, [_Answer(self.tokenizer, prompt_ids, stop) for prompt_ids in ids]
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **changes: Any,
+) -> LanguageModel:
+    """Opens a checkpoint of any format with its tokenizer.
+
+    `dtype` is the checkpoint's own unless one is named; `device` is a GPU where there is one. `changes` are those of
+    `load_model`, such as `rope_theta`. Raises UsageError, CheckpointError and TokenizerError.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(path)
+    config = open_checkpoint(path).config
+    # Before the weights take their time and memory.
+    check_tokenizer(tokenizer, config.vocab_size, config.eod_token_id)
+    return LanguageModel(load_model(path, dtype=dtype, device=device, **changes), tokenizer)
