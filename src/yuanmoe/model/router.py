@@ -10,6 +10,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from yuanmoe.ops.linear import linear
+from yuanmoe.ops.relations import relate
 
 
 class Routing(NamedTuple):
@@ -33,8 +34,7 @@ def choose(logits: Float32[Tensor, "N E"], num_experts_per_tok: int) -> Routing:
 def attention_scores(projected: Float[Tensor, "N EEE"]) -> Float32[Tensor, "N E"]:
     """P_i = sum_j softmax_j(q_i k_j) v_j for `projected` = [q; k; v], each of width E, in any dtype."""
     q, k, v = projected.float().chunk(3, dim=-1)
-    related = (q[:, :, None] * k[:, None, :]).softmax(dim=-1)
-    return (related @ v[:, :, None]).squeeze(-1)
+    return relate(q, k, v)
 
 
 class AttentionRouter(nn.Module):
