@@ -6,6 +6,7 @@ import torch
 from yuanmoe.config import PRESETS, preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.ops.quant import pack, quantize
 from yuanmoe.plan import cost
 
 M32 = preset("m32")
@@ -76,7 +77,7 @@ def test_state_of_m32() -> None:
 
 
 def test_bytes_of_m32() -> None:
-    # In 16 bits: two bytes a parameter. In 8 bits: one byte and 1/32 of a 16-bit scale, except router, norms and biases.
+    # 16 bits: two bytes a parameter. 8 bits: one byte and 1/32 of a 16-bit scale, except router, norms and biases.
     whole = 24 * (196_608 + 6_144 + 3 * 1_024) + 2_048
     matrices = 39_942_842_368 - whole
     small = 276_561_920 + 24 * 2 * 1024 * 2048 * 2
@@ -95,9 +96,12 @@ def test_one_token_reads_the_active_parameters() -> None:
     assert full - empty == 4096 * 393_216
 
 
-def test_a_row_keeps_a_scale_for_its_last_short_group() -> None:
-    weight = cost.Weight(role="experts", shape=(3, 65))
-    assert cost.PRECISIONS[4].weight_bytes(weight) == 3 * (33 + 2 * 2)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(16, 64), (3, 65), (33, 7), (40, 200)])
+def test_quantized_bytes_are_those_of_the_packed_layout(shape: tuple[int, int], bits: int) -> None:
+    weight = cost.Weight(role="experts", shape=shape)
+    packed = pack(quantize(torch.ones(shape), bits, 64))
+    assert cost.PRECISIONS[bits].weight_bytes(weight) == packed.nbytes
 
 
 def test_expected_experts_of_m32() -> None:

@@ -4,7 +4,6 @@ A finding is `broken` when nothing can run (exit code 1) and `advice` when somet
 """
 
 import dataclasses
-import importlib.util
 import os
 import platform
 import shutil
@@ -23,16 +22,13 @@ from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.config import PRESETS, preset
 from yuanmoe.plan.cost import PRECISIONS, weight_bytes
 from yuanmoe.plan.devices import Device
-from yuanmoe.plan.machine import Machine, Rate, as_device, measure_bandwidth, measure_matmul, read_machine
+from yuanmoe.plan.machine import Machine, as_device, measure_bandwidth, measure_matmul, read_machine
 from yuanmoe.plan.planner import Load, decode, fits, highest_bits, memory
 from yuanmoe.plan.sizes import format_count, format_size
 
 REQUIRED = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "typer", "rich")
 EXTRAS = ("transformers", "peft")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-NOISY_SPREAD = 0.3
-"""Spread of a measured rate beyond which other programs were probably using the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,21 +46,19 @@ def doctor(
     """Say what this machine has, what is missing and what to do; a few seconds of measuring."""
     machine = read_machine()
     bandwidth, matmul = measure_bandwidth(), measure_matmul()
-    rates = {"read_bandwidth": bandwidth, "fp32_matmul": matmul}
     torch_facts, gpus = probe()
     report = {
         "command": "doctor",
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
         "machine": dataclasses.asdict(machine) | {"disk_free_bytes": shutil.disk_usage(Path.cwd()).free},
-        "measured": {name: dataclasses.asdict(rate) for name, rate in rates.items()},
+        "measured": {"read_bandwidth": dataclasses.asdict(bandwidth), "fp32_matmul": dataclasses.asdict(matmul)},
         "torch": torch_facts,
         "packages": {name: installed(name) for name in (*REQUIRED, *EXTRAS)},
         "threads": {name: os.environ.get(name) for name in THREAD_VARIABLES},
-        "native_kernels": has_native_kernels(torch_facts),
     }
     here = [as_device(machine, bandwidth, matmul)] if machine.memory_bytes else []
     report["models"] = [row for device in (*here, *gpus) for row in runnable(device)]
-    findings = [*missing(report), *slow(machine, rates, report)]
+    findings = [*missing(report), *slow(machine, report)]
     report["findings"] = [dataclasses.asdict(finding) for finding in findings]
     if not json_only:
         _show(report, people())
@@ -96,11 +90,6 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def has_native_kernels(torch_facts: dict[str, Any]) -> bool:
-    """Whether our compiled kernels are there; they need torch to be asked."""
-    return "error" not in torch_facts and importlib.util.find_spec("yuanmoe.ops.native.kernels") is not None
 
 
 def runnable(device: Device) -> Iterator[dict[str, Any]]:
@@ -146,10 +135,12 @@ def missing(report: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
-def slow(machine: Machine, rates: dict[str, Rate], report: dict[str, Any]) -> Iterator[Finding]:
+def slow(machine: Machine, report: dict[str, Any]) -> Iterator[Finding]:
     """What costs speed or stands in the way of the large models."""
     if machine.features and "avx2" not in machine.features and "asimddp" not in machine.features:
         yield Finding(level="advice", what="this CPU has neither AVX2 nor Arm dot products", do="expect slow answers")
+    if report["torch"].get("kernels_reason"):
+        yield Finding(level="advice", what="compiled kernels are missing or slow", do=report["torch"]["kernels_reason"])
     threads = report["torch"].get("threads", machine.cores)
     if threads != machine.cores:
         yield Finding(
@@ -157,13 +148,12 @@ def slow(machine: Machine, rates: dict[str, Rate], report: dict[str, Any]) -> It
             what=f"torch uses {threads} threads on {machine.cores} cores",
             do=f"set OMP_NUM_THREADS={machine.cores}",
         )
-    for name, rate in rates.items():
-        if rate.spread > NOISY_SPREAD:
-            yield Finding(
-                level="advice",
-                what=f"{name.replace('_', ' ')} varied by {rate.spread:.0%} while it was measured",
-                do="close what else is running, and ask again",
-            )
+    if machine.is_busy:
+        yield Finding(
+            level="advice",
+            what=f"other programs were busy (load {machine.load:.1f} on {machine.cores} cores): measured rates are low",
+            do="ask again when they are done",
+        )
     free, official = report["machine"]["disk_free_bytes"], sum(weight_bytes(preset("m32"), PRECISIONS[16]).values())
     if free < 2 * official:
         yield Finding(
@@ -203,7 +193,6 @@ def _machine_rows(report: dict[str, Any]) -> list[list[str]]:
         ["disk free here", format_size(machine["disk_free_bytes"])],
         ["memory read", _rate(measured["read_bandwidth"], "B/s")],
         ["fp32 matmul (numpy)", _rate(measured["fp32_matmul"], "FLOP/s")],
-        ["native kernels", "present" if report["native_kernels"] else "absent, torch's own are used"],
         ["thread settings", threads or "none"],
     ]
 
@@ -218,6 +207,7 @@ def _torch_rows(facts: dict[str, Any]) -> list[list[str]]:
         ["threads", str(facts["threads"])],
         ["fp32 matmul", _rate(facts["fp32_flops"], "FLOP/s")],
         [f"bf16 matmul, {bf16}", _rate(facts["bf16_flops"], "FLOP/s")],
+        ["compiled kernels", "none, torch's own are used" if facts["kernels"] == "torch" else facts["kernels"]],
     ]
     for gpu in facts["gpus"]:
         rows.append([f"{gpu['name']} ({gpu['capability']})", format_size(gpu["memory_bytes"])])

@@ -67,9 +67,9 @@ def _fail(error: YuanError) -> NoReturn:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from yuanmoe import __version__
 
-        print(f"yuanmoe {version('yuanmoe')}")
+        print(f"yuanmoe {__version__}")
         raise typer.Exit
 
 

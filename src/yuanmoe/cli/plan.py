@@ -4,7 +4,6 @@ The numbers are `yuanmoe.plan`'s; here they become one JSON object, and tables o
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +12,13 @@ from rich.console import Console
 
 from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.config import ALIASES, PRESETS, ModelConfig, preset
-from yuanmoe.errors import CheckpointError
+from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.devices import Device, find_device
 from yuanmoe.plan.machine import as_device, measure_bandwidth, measure_matmul, read_machine
 from yuanmoe.plan.planner import (
     EXPECTED_SHARE,
+    LAYER_S,
     Load,
     Speed,
     decode,
@@ -57,16 +57,34 @@ def plan(
 
 
 def read_model(model: str) -> tuple[str, ModelConfig]:
-    """A name and a configuration: of a checkpoint directory, of which only config.json is read, or of a preset."""
+    """A name and a configuration: of a preset, or of a checkpoint directory of any format.
+
+    Where there is a config.json only that is read. Raises UsageError when it is neither, and what opening a checkpoint
+    raises.
+    """
     directory = Path(model)
-    if not directory.is_dir():
-        return ALIASES.get(model.lower(), model.lower()), preset(model)
+    if directory.is_dir():
+        return directory.resolve().name, _read_config(directory)
+    name = ALIASES.get(model.lower(), model.lower())
+    if name not in PRESETS:
+        raise UsageError(f"{model!r} is neither a directory nor a preset; presets: {', '.join(PRESETS)}")
+    return name, preset(name)
+
+
+def _read_config(directory: Path) -> ModelConfig:
+    # These know torch's dtypes, and importing torch takes seconds; a preset needs none of it.
+    from yuanmoe.checkpoint.json_file import read_json
+    from yuanmoe.checkpoint.native_config import FORMAT, read_native_config
+    from yuanmoe.checkpoint.official_config import official_fields
+    from yuanmoe.checkpoint.store import open_checkpoint
+
     path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    return directory.resolve().name, ModelConfig.from_dict(values["model"])
+    if not path.exists():
+        return open_checkpoint(directory).config  # Megatron shards carry their sizes themselves
+    values = read_json(path)
+    if values.get("format") == FORMAT:
+        return read_native_config(path, values)[0]
+    return ModelConfig.from_dict(official_fields(values, ignore_unknown=True))
 
 
 def _device(name: str | None, ram: str | None) -> Device:
@@ -207,8 +225,10 @@ def _show_speed(report: dict[str, Any], console: Console) -> None:
     ]
     reading = report["prefill"]
     rows.append(["prefill", "", _rate(reading), "", reading["limited_by"] if reading else "", ""])
-    title = f"Tokens a second: predicted / roofline bound (predicted is {EXPECTED_SHARE:.0%} of it)"
-    print_table(console, title, columns, rows)
+    print_table(console, "Tokens a second: predicted / roofline bound", columns, rows)
+    console.print(
+        f"Predicted: kernels at {EXPECTED_SHARE:.0%} of the bound, and {1e3 * LAYER_S:.1f} ms a layer for Python.\n"
+    )
 
 
 def _rate(speed: dict[str, Any] | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from yuanmoe.ops import native
 from yuanmoe.ops.linear import has_bfloat16_matmul, linear
 from yuanmoe.plan.devices import Device
 from yuanmoe.plan.machine import Rate, measure
@@ -49,6 +50,10 @@ class TorchFacts:
     bf16_instructions: bool
     """Whether the CPU multiplies bf16 itself; otherwise our products widen to fp32."""
     gpus: tuple[Gpu, ...]
+    kernels: str
+    """The variant of our compiled kernels that runs here; `torch` where there are none."""
+    kernels_reason: str
+    """Why no faster one, with the way out; empty where there is none faster."""
 
 
 def probe_torch() -> TorchFacts:
@@ -62,6 +67,8 @@ def probe_torch() -> TorchFacts:
         bf16_flops=matmul_rate(cpu, torch.bfloat16, size=1024),
         bf16_instructions=has_bfloat16_matmul(),
         gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())),
+        kernels=native.variant(),
+        kernels_reason=native.reason(),
     )
 
 

@@ -139,6 +139,10 @@ def petaflops_days(flops: float) -> float:
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
+BLOCK_ROWS = 16
+SCALE_BYTES = 2
+"""The packed layout of quantized matrices (`ops/quant.py`): padded to 16 rows, fp16 scales."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
@@ -152,16 +156,16 @@ class Precision:
     role_bits: Mapping[Role, int]
     """Roles that differ from `bits`."""
     group_size: int = 64
-    """Consecutive inputs that share a scale; a row's last group may be shorter."""
-    scale_bytes: int = 2
+    """Consecutive inputs that share a scale."""
 
     def weight_bytes(self, weight: Weight) -> int:
-        """Bytes of one copy."""
+        """Bytes of one copy; codes are packed in blocks of rows and whole groups."""
         bits = self.role_bits.get(weight.role, self.bits)
         if bits == 16 or len(weight.shape) == 1:
             return 2 * weight.size
         rows, columns = weight.shape
-        return rows * (math.ceil(columns * bits / 8) + math.ceil(columns / self.group_size) * self.scale_bytes)
+        groups = math.ceil(rows / BLOCK_ROWS) * BLOCK_ROWS * math.ceil(columns / self.group_size)
+        return groups * (self.group_size * bits // 8 + SCALE_BYTES)
 
 
 # The router decides by small differences, so it stays whole. Every token passes LFA and head, and together with the

@@ -55,6 +55,13 @@ class Machine:
     """Physical memory, or the container's limit if lower; None where it cannot be read."""
     available_bytes: int | None
     """Memory that new programs can have without swapping."""
+    load: float
+    """Programs that wanted a core over the last minute, on average; 0 where the system does not count them."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether others took so much of the machine that rates measured now are too low."""
+        return self.load > self.cores / 2
 
 
 def read_machine() -> Machine:
@@ -68,6 +75,7 @@ def read_machine() -> Machine:
         features=tuple(name for name in _FEATURES + _ARM_FEATURES if name in flags),
         memory_bytes=_lowest(memory.get("MemTotal") or _physical_memory(), _cgroup_memory()),
         available_bytes=_lowest(memory.get("MemAvailable"), _cgroup_memory()),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
     )
 
 
@@ -104,6 +112,7 @@ def as_device(machine: Machine, bandwidth: Rate, matmul: Rate, memory_bytes: int
         raise ResourceError(
             f"cannot read how much memory this machine has ({platform.system()}); say it with --ram 24GiB"
         )
+    others = f", while other programs were busy (load {machine.load:.1f})" if machine.is_busy else ""
     return Device(
         name="this machine",
         kind="cpu",
@@ -112,7 +121,7 @@ def as_device(machine: Machine, bandwidth: Rate, matmul: Rate, memory_bytes: int
         bf16_flops=matmul.median * _best(_BF16_UNITS, machine.features),
         quantized_flops=matmul.median * _best(_INT8_UNITS, machine.features),
         source=f"measured on {machine.cores} cores of {machine.cpu}: "
-        f"bandwidth within {bandwidth.spread:.0%}, matmul within {matmul.spread:.0%}",
+        f"bandwidth within {bandwidth.spread:.0%}, matmul within {matmul.spread:.0%}{others}",
     )
 
 

@@ -1,7 +1,7 @@
 """Whether a model fits a device, and how fast it can run there: the memory it takes and the roofline above its speed.
 
 A pass takes at least the time of reading its bytes and at least the time of its FLOPs; the larger of both is the bound.
-Sources of the prediction below the bound are beside `EXPECTED_SHARE`. Not here: counting (`cost.py`), measuring
+The prediction below it is explained beside `EXPECTED_SHARE` and `LAYER_S`. Not here: counting (`cost.py`), measuring
 (`machine.py`), several devices together (`cluster.py`).
 """
 
@@ -28,8 +28,12 @@ SHORTEST_CONTEXT = 256
 """A context below this is no remedy: question and answer must fit."""
 
 EXPECTED_SHARE = 0.5
-"""Share of the bound that is predicted. Measured with torch 2.13 on two AVX-512 cores: bf16 matrix-vector products
-read 17 of 33 GB/s, int4 ones 17 to 20. For prefill and for other devices it is a guess until they are measured."""
+"""Share of the bound that kernels are predicted to reach. Measured with torch 2.13 on two AVX-512 cores: bf16
+matrix-vector products read 17 of 33 GB/s, int4 ones 17 to 20. For prefill and other devices it is a guess."""
+
+LAYER_S = 0.5e-3
+"""Seconds that a layer takes however small it is, in Python and in starting kernels; 0.5 to 0.8 ms measured with
+torch 2.13 on a Zen 3 core. It limits small models, and large ones on fast devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +56,11 @@ class Speed:
     """Tokens a second over all sequences: the roofline bound, and what to expect below it."""
 
     bound: float
+    predicted: float
     limited_by: Literal["bandwidth", "compute"]
+    """What the bound comes from."""
     bytes_read: float
     """Of one pass."""
-
-    @property
-    def predicted(self) -> float:
-        return EXPECTED_SHARE * self.bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +122,7 @@ def decode(load: Load, device: Device, context: int | None = None) -> Speed:
     seen = load.context if context is None else context
     bytes_read = cost.decode_bytes(load.config, load.precision, context=seen, batch=load.batch)
     flops = load.batch * (cost.forward_flops(load.config) + cost.attention_flops(load.config, seen))
-    return _roofline(load.batch, bytes_read, flops, load.bits, device)
+    return _roofline(load, device, load.batch, bytes_read, flops)
 
 
 def prefill(load: Load, device: Device) -> Speed | None:
@@ -129,15 +131,18 @@ def prefill(load: Load, device: Device) -> Speed | None:
         return None
     tokens = min(load.context, PREFILL_TOKENS)
     bytes_read = cost.read_bytes(load.config, load.precision, tokens)
-    return _roofline(tokens, bytes_read, cost.prefill_flops(load.config, tokens), load.bits, device)
+    return _roofline(load, device, tokens, bytes_read, cost.prefill_flops(load.config, tokens))
 
 
-def _roofline(tokens: int, bytes_read: float, flops: float, bits: int, device: Device) -> Speed:
-    peak = device.peak_flops(bits)
+def _roofline(load: Load, device: Device, tokens: int, bytes_read: float, flops: float) -> Speed:
+    """Speed of one pass over so many tokens."""
+    peak = device.peak_flops(load.bits)
     read_s = bytes_read / device.bandwidth
     compute_s = flops / peak if peak else 0.0
+    bound_s = max(read_s, compute_s)
     return Speed(
-        bound=tokens / max(read_s, compute_s),
+        bound=tokens / bound_s,
+        predicted=tokens / (bound_s / EXPECTED_SHARE + load.config.num_hidden_layers * LAYER_S),
         limited_by="compute" if compute_s > read_s else "bandwidth",
         bytes_read=bytes_read,
     )
