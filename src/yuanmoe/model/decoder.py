@@ -101,19 +101,28 @@ class YuanForCausalLM(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
         """The scores of all V tokens to come next."""
+        return linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix of the output head, [V, D]."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return linear(hidden, head.weight)
+        return head.weight
 
     def forward(self, input_ids: Int[Tensor, "B S"]) -> Output:
         """B whole sequences at once, without state; documents restart as `config.packing` says."""
+        hidden, routings = self.read(input_ids)
+        return Output(self.logits(hidden), hidden, routings)
+
+    def read(self, input_ids: Int[Tensor, "B S"]) -> tuple[Float[Tensor, "B S D"], tuple[Routing, ...]]:
+        """The same without the output head, for those who need few of its scores or none of them all at once."""
         config = self.config
         documents = None if config.packing == "continuous" else documents_of(input_ids, config.eod_token_id)
         sequences = WholeSequences(
             *input_ids.shape, device=input_ids.device, documents=documents, packing=config.packing
         )
         hidden, routings = self.model(input_ids.flatten(), sequences)
-        hidden = hidden.view(*input_ids.shape, -1)
-        return Output(self.logits(hidden), hidden, routings)
+        return hidden.view(*input_ids.shape, -1), routings
 
     @torch.no_grad()
     def initialize(self) -> "YuanForCausalLM":
