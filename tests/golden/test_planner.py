@@ -197,12 +197,13 @@ PROC = {
 }
 
 
-def test_this_machine_is_read_from_proc_and_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit_file", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_this_machine_is_read_from_proc_and_the_container(monkeypatch: pytest.MonkeyPatch, limit_file: str) -> None:
     monkeypatch.setattr(machine, "_read", lambda path: PROC.get(path, ""))
     found = machine.read_machine()
     assert (found.cpu, found.features) == ("Xeon", ("avx2", "avx512_vnni", "amx_int8"))
     assert (found.memory_bytes, found.available_bytes) == (GIB, GIB // 2)
-    limits = {"/sys/fs/cgroup/memory.max": "268435456\n"}
+    limits = {f"/sys/fs/cgroup/{limit_file}": "268435456\n"}
     monkeypatch.setattr(machine, "_read", lambda path: (PROC | limits).get(path, ""))
     assert machine.read_machine().memory_bytes == GIB // 4
 
@@ -217,14 +218,17 @@ def test_rates_are_medians_with_their_spread(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_measured_bandwidth_and_matmul_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_buffer_bytes", lambda cores: 1 << 20)
+    monkeypatch.setattr(machine, "_buffer_bytes", lambda machine: (1 << 20) + 1)
     for rate in (machine.measure_bandwidth(rounds=2), machine.measure_matmul(rounds=2, size=64)):
         assert 0 < rate.low <= rate.median <= rate.high
 
 
-def test_buffers_are_larger_than_the_last_level_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_read", lambda path: "262144K\n")
-    assert 8 * machine._buffer_bytes(8) == GIB
+def test_buffers_are_larger_than_the_caches_and_leave_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_last_level_bytes", lambda: GIB)
+    assert machine._buffer_bytes(a_machine()) == 4 * GIB
+    assert machine._buffer_bytes(a_machine(available_bytes=GIB)) == GIB // 4
+    monkeypatch.setattr(machine, "_last_level_bytes", lambda: 0)
+    assert machine._buffer_bytes(a_machine()) == GIB // 4
 
 
 def test_a_device_keeps_its_rates_with_other_memory() -> None:

@@ -41,7 +41,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="Sequences side by side.")] = 1,
     ram: Annotated[str | None, typer.Option(help="Memory to plan for, such as 24GiB.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="A named device, such as rtx-4090; by default this machine.")
+        str | None, typer.Option(help="A named device, such as rtx-4090; by default this machine's CPU.")
     ] = None,
     json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
 ) -> None:

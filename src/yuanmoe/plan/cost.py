@@ -195,7 +195,7 @@ def weight_bytes(config: ModelConfig, precision: Precision) -> dict[Role, int]:
 def read_bytes(config: ModelConfig, precision: Precision, tokens: int = 1) -> float:
     """Bytes of weights that one pass over `tokens` tokens reads, under uniform routing.
 
-    An expert is read once however many tokens chose it. Embedding rows (2 KiB a token) are left out.
+    An expert is read once however many tokens chose it. Embedding rows, one a token, are left out.
     """
     return sum(_copies_read(weight, tokens) * precision.weight_bytes(weight) for weight in weights(config))
 

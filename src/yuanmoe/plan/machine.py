@@ -1,7 +1,7 @@
 """This machine as a device: memory, cores, CPU features, and its read bandwidth and matmul rate measured with numpy.
 
-Facts come from /proc and /sys where Linux has them, limits of a container included. A rate is the median of a few
-rounds with its spread, because other programs use the memory too. Not here: anything of torch (`yuanmoe doctor`).
+Facts come from /proc and /sys where Linux has them, a container's memory limit included. A rate is the median of a few
+rounds with its spread, because other programs use the memory too. Not here: anything of torch (`cli/probe.py`).
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 
 from yuanmoe.errors import ResourceError
 from yuanmoe.plan.devices import Device
-from yuanmoe.plan.sizes import MIB
+from yuanmoe.plan.sizes import KIB, MIB
 
 # Matmul throughput of a core relative to its fp32 fused multiply-add, best first: multiplications in one instruction
 # times its rate, from Intel's and Arm's instruction references (AMX: 1024 bf16 and 2048 int8 operations a cycle against
@@ -79,13 +79,13 @@ def read_machine() -> Machine:
     )
 
 
-def measure_bandwidth(rounds: int = 7, cores: int | None = None) -> Rate:
+def measure_bandwidth(rounds: int = 7) -> Rate:
     """Bytes a second of reading memory far larger than the caches, all cores at once."""
     # The maximum of bytes is numpy's lightest reduction, one instruction for a whole vector register, so that memory
     # and not arithmetic limits it (a plain AVX2 loop in C reads no faster).
-    cores = cores or _cores()
-    buffers = [np.ones(_buffer_bytes(cores), dtype=np.uint8) for _ in range(cores)]
-    with ThreadPoolExecutor(cores) as pool:
+    machine = read_machine()
+    buffers = np.array_split(np.ones(_buffer_bytes(machine), dtype=np.uint8), machine.cores)
+    with ThreadPoolExecutor(machine.cores) as pool:
         return measure(lambda: list(pool.map(np.max, buffers)), work=sum(map(len, buffers)), rounds=rounds)
 
 
@@ -135,11 +135,17 @@ def _seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _buffer_bytes(cores: int) -> int:
-    # Together four times the last-level cache and at least 256 MiB: a second pass must find nothing of the first.
-    cache = _read("/sys/devices/system/cpu/cpu0/cache/index3/size").strip().removesuffix("K")
-    last_level = int(cache) * 1024 if cache.isdigit() else 32 * MIB
-    return max(256 * MIB, 4 * last_level) // cores
+def _buffer_bytes(machine: Machine) -> int:
+    # Four times all last-level caches: a second pass must find nothing of the first. A small container gives less.
+    size = max(256 * MIB, 4 * _last_level_bytes())
+    return size if machine.available_bytes is None else min(size, machine.available_bytes // 4)
+
+
+def _last_level_bytes() -> int:
+    """All level-3 caches together, each counted once; cores share them in groups."""
+    caches = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3")
+    kilobytes = {_read(cache / "id"): _read(cache / "size").strip().removesuffix("K") for cache in caches}
+    return sum(KIB * int(size) for size in kilobytes.values() if size.isdigit())
 
 
 def _cores() -> int:
@@ -156,8 +162,9 @@ def _physical_memory() -> int | None:
 
 
 def _cgroup_memory() -> int | None:
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    return int(limit) if limit.isdigit() else None
+    """The memory limit of the container (control groups 2 or 1; an enormous number where 1 sets none)."""
+    limits = (_read(f"/sys/fs/cgroup/{name}").strip() for name in ("memory.max", "memory/memory.limit_in_bytes"))
+    return _lowest(*(int(limit) for limit in limits if limit.isdigit()))
 
 
 def _lowest(*sizes: int | None) -> int | None:
@@ -174,7 +181,7 @@ def _key_values(path: str, separator: str) -> dict[str, str]:
     return values
 
 
-def _read(path: str) -> str:
+def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text()
     except OSError:

@@ -2,7 +2,7 @@
 
 A pass takes at least the time of reading its bytes and at least the time of its FLOPs; the larger of both is the bound.
 The prediction below it is explained beside `EXPECTED_SHARE` and `LAYER_S`. Not here: counting (`cost.py`), measuring
-(`machine.py`), several devices together (`cluster.py`).
+(`machine.py`), several devices together.
 """
 
 import bisect
