@@ -1,0 +1,147 @@
+"""Matrix products with 4-bit, 8-bit and bfloat16 weights on the CPU, at the speed of its memory.
+
+A result is the same number, bit for bit, for any thread count, batch, neighbour in the batch and variant of the
+library. Where the library is missing, quantized products go through torch (`ops.quant`): the same arithmetic to within
+float32 rounding, much slower, and a warning says so once. `docs/kernels.md` has the layout, bounds and measurements.
+Not here: gradients; training works on dequantized weights.
+Legend: N tokens, O outputs, I inputs, E experts, F expert width, FF = 2 F, D hidden, K chosen.
+"""
+
+import time
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from yuanmoe.errors import UsageError
+from yuanmoe.ops import quant
+from yuanmoe.ops.native.choice import available, chosen, kernels, reason, variant
+from yuanmoe.ops.native.library import Kernels
+from yuanmoe.ops.native.shapes import (
+    check_experts,
+    check_packed_experts,
+    check_routing,
+    check_tokens,
+    readable,
+    readable_routing,
+)
+from yuanmoe.ops.quant import PackedTensor
+
+__all__ = [
+    "available",
+    "bf16_linear",
+    "bf16_moe",
+    "kernels",
+    "quantized_linear",
+    "quantized_moe",
+    "read_bandwidth",
+    "reason",
+    "suits_bf16",
+    "variant",
+]
+
+BF16_UP_TO_TOKENS = 4
+"""Beyond, torch's matrix product is faster than a pass over the weights for each token."""
+
+
+def quantized_linear(x: Float[Tensor, "*N I"], weight: PackedTensor) -> Float[Tensor, "*N O"]:
+    """`x` times the transposed weight, in the dtype of `x`; activations are rounded to 8 bits a group.
+
+    Raises UsageError for shapes that do not fit and where a gradient is asked for.
+    """
+    check_tokens(x, weight.in_features, weight.codes)
+    if weight.codes.ndim != 3:
+        raise UsageError(f"a linear layer has one matrix, this is a stack of {list(weight.codes.shape[:-3])}")
+    found = _kernels_for(x)
+    if found is None:
+        return quant.linear(x, weight).to(x.dtype)
+    out = found.linear(readable(x.reshape(-1, x.shape[-1])), weight)
+    return out.view(*x.shape[:-1], weight.out_features).to(x.dtype)
+
+
+def quantized_moe(
+    x: Float[Tensor, "N D"],
+    gate_up: PackedTensor,
+    down: PackedTensor,
+    weights: Float[Tensor, "N K"],
+    experts: Int[Tensor, "N K"],
+) -> Float[Tensor, "N D"]:
+    """For each token the sum over its `experts` of `weights` times expert(x); gate_up is packed as [E, 2, F, D].
+
+    The hidden values are rounded to 8 bits a group like the tokens; the sum is in float32, in the order of `experts`.
+    Raises UsageError for shapes and ids that do not fit and where a gradient is asked for.
+    """
+    check_tokens(x, gate_up.in_features, gate_up.codes, down.codes)
+    check_packed_experts(gate_up, down)
+    check_routing(x, weights, experts)
+    found = _kernels_for(x)
+    if found is None:
+        return quant.mixture(x, gate_up, down, weights, experts).to(x.dtype)
+    return found.mixture(readable(x), gate_up, down, *readable_routing(weights, experts)).to(x.dtype)
+
+
+def suits_bf16(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the bfloat16 kernels take these: few tokens, contiguous bfloat16 on the CPU, no gradient, a library."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() <= BF16_UP_TO_TOKENS * x.shape[-1]
+        and all(w.dtype == torch.bfloat16 and w.device.type == "cpu" and w.is_contiguous() for w in weights)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)))
+        and chosen() is not None
+    )
+
+
+def bf16_linear(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*N O"]:
+    """`x` times the transposed bfloat16 weight, summed in float32, for what `suits_bf16`."""
+    check_tokens(x, weight.shape[1], weight)
+    found = _kernels_for_bf16(x, weight)
+    out = found.linear(readable(x.reshape(-1, x.shape[-1])), weight)
+    return out.view(*x.shape[:-1], len(weight)).to(x.dtype)
+
+
+def bf16_moe(
+    x: Float[Tensor, "N D"],
+    gate_up: Float[Tensor, "E FF D"],
+    down: Float[Tensor, "E D F"],
+    weights: Float[Tensor, "N K"],
+    experts: Int[Tensor, "N K"],
+) -> Float[Tensor, "N D"]:
+    """`quantized_moe` with bfloat16 weights and hidden values in float32, for what `suits_bf16`."""
+    check_tokens(x, gate_up.shape[2], gate_up, down)
+    check_experts((gate_up.shape[1] // 2, gate_up.shape[2]), (down.shape[1], down.shape[2]))
+    check_routing(x, weights, experts)
+    found = _kernels_for_bf16(x, gate_up, down)
+    return found.mixture(readable(x), gate_up, down, *readable_routing(weights, experts)).to(x.dtype)
+
+
+def read_bandwidth(size_bytes: int = 1 << 29, runs: int = 5) -> list[float]:
+    """Bytes a second at which all threads read memory, `runs` times.
+
+    Raises UsageError where the library is not used.
+    """
+    found = chosen()
+    if found is None:
+        raise UsageError(f"the read bandwidth is measured by the compiled kernels: {reason()}")
+    data = torch.ones(size_bytes, dtype=torch.uint8)
+    rates = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        found.read(data)
+        rates.append(size_bytes / (time.perf_counter() - start))
+    return rates
+
+
+def _kernels_for(x: Tensor) -> Kernels | None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise UsageError("quantized products have no gradient; train on dequantized weights, or run under no_grad")
+    return chosen() if x.device.type == "cpu" else None
+
+
+def _kernels_for_bf16(x: Tensor, *weights: Tensor) -> Kernels:
+    found = chosen() if suits_bf16(x, *weights) else None
+    if found is None:
+        raise UsageError(
+            f"{x.numel() // x.shape[-1]} tokens on {x.device} do not suit the bfloat16 kernels, which take up to "
+            f"{BF16_UP_TO_TOKENS} on the CPU without gradients and contiguous bfloat16 weights; ask suits_bf16 first"
+        )
+    return found

@@ -1,0 +1,65 @@
+// What every part of the library agrees on: the packed layout of quantized weights and the tables of kernels.
+//
+// Letters: O output rows, I input columns, G group size, T tokens of a tile.
+// A packed matrix is a sequence of blocks of 16 rows; a block is a sequence of groups of G columns; a group is a
+// sequence of 64-byte chunks, each holding 16 rows x 4 columns (8 bits) or 16 rows x 8 columns (4 bits). Byte 4r+j of
+// a chunk belongs to row r: at 8 bits it is the signed code of column j; at 4 bits its low half is the code plus 8 of
+// column j, its high half that of column 4+j. So one chunk is one operand of vpdpbusd, or two of vpmaddubsw with rows
+// 0..7 and 8..15, and a matrix-vector product reads memory front to back. Scales (fp16) lie beside, [block, group, 16].
+// Nothing here assumes alignment: loads are unaligned, 64-byte aligned tensors are merely faster.
+#pragma once
+#include <cstdint>
+
+namespace yuanmoe {
+
+constexpr int kBlockRows = 16;
+constexpr int kMaxTile = 12;    // the most tokens that any variant computes at once
+constexpr int kMaxGroup = 128;
+
+// `matrices` equal matrices in the packed layout, as the Python side describes them.
+struct Quantized {
+    const uint8_t* codes;
+    const uint16_t* scales;
+    int64_t matrices, rows, columns;
+    int32_t bits, group;
+
+    int64_t groups() const { return (columns + group - 1) / group; }
+    int64_t blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
+    int64_t block_bytes() const { return groups() * group * kBlockRows * bits / 8; }
+    const uint8_t* block_codes(int64_t matrix, int64_t block) const {
+        return codes + (matrix * blocks() + block) * block_bytes();
+    }
+    const uint16_t* block_scales(int64_t matrix, int64_t block) const {
+        return scales + (matrix * blocks() + block) * groups() * kBlockRows;
+    }
+};
+
+// T tokens quantized to 8 bits, interleaved so that a kernel reads them front to back:
+// codes [group][column / 4][token][4], scales and offsets [group][token].
+struct Tile {
+    int8_t* codes;
+    float* scales;
+    int32_t* offsets;  // minus the bias of the weight codes times the sum of the token's codes
+    int width;         // T
+};
+
+// One variant: the same arithmetic, bit for bit, for one instruction set.
+struct Kernels {
+    int tile;  // the widest tile
+    int32_t (*bias)(int bits);  // what the kernel adds to a weight code to make it unsigned
+    // One group of one token: x[0..count) (count <= group, the rest counts as zeros) into the tile.
+    void (*quantize)(const float* x, int64_t count, int group, int64_t index, int token, int32_t bias, const Tile& tile);
+    // out[T][16] = one block of weights times one tile.
+    void (*block4)(const uint8_t* codes, const uint16_t* scales, const Tile& x, int64_t groups, int group, float* out);
+    void (*block8)(const uint8_t* codes, const uint16_t* scales, const Tile& x, int64_t groups, int group, float* out);
+    // gate[i] = silu(gate[i]) * up[i]
+    void (*swiglu)(float* gate, const float* up, int64_t count);
+    // out[r] = sum of weight[r][i] x[i] over a row-major bf16 matrix; x is padded with zeros to a multiple of 32.
+    void (*dot_bf16)(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, float* out);
+    // Reads every byte once, at the speed of memory.
+    uint64_t (*read)(const uint8_t* bytes, int64_t count);
+};
+
+extern const Kernels kPortable, kAvx2, kAvx512;
+
+}  // namespace yuanmoe

@@ -1,0 +1,44 @@
+#include "operations.h"
+#include "rows.h"
+#include "threads.h"
+
+namespace yuanmoe {
+
+void linear(const Call& call, const Quantized& weight, const void* x, int64_t tokens, void* out) {
+    const Cut tiles = Cut::of(tokens, call.kernels->tile);
+    const Activations activations(tokens, weight);
+    const auto tile = [&](int64_t t) { return activations.tile(tiles.begin(t), tiles.size(t)); };
+    parallel_for(call.threads, tiles.parts, [&](int64_t t) {
+        const auto row = [&](int token) { return tiles.begin(t) + token; };
+        quantize_tile(call, weight, x, row, tile(t));
+    });
+    const Cut parts = work_parts(weight.blocks(), weight.block_bytes(), call.threads);
+    parallel_for(call.threads, parts.parts, [&](int64_t part) {
+        for (int64_t t = 0; t < tiles.parts; ++t)
+            for (int64_t block = parts.begin(part); block < parts.end(part); ++block) {
+                float rows[kMaxTile * kBlockRows];
+                multiply(call, weight, 0, block, tile(t), rows);
+                const int64_t count = std::min<int64_t>(kBlockRows, weight.rows - block * kBlockRows);
+                for (int64_t i = 0; i < tiles.size(t); ++i)
+                    write_values(out, call.dtype, (tiles.begin(t) + i) * weight.rows + block * kBlockRows, count,
+                                 rows + i * kBlockRows);
+            }
+    });
+}
+
+void linear(const Call& call, const Bfloat16& weight, const void* x, int64_t tokens, void* out) {
+    const FloatRows rows(call, x, tokens, weight.columns);
+    const Cut parts = work_parts(weight.rows, weight.columns * 2, call.threads);
+    parallel_for(call.threads, parts.parts, [&](int64_t part) {
+        float sums[kRowsAtOnce];
+        for (int64_t token = 0; token < tokens; ++token)
+            for (int64_t row = parts.begin(part); row < parts.end(part); row += kRowsAtOnce) {
+                const int64_t count = std::min<int64_t>(kRowsAtOnce, parts.end(part) - row);
+                call.kernels->dot_bf16(weight.values + row * weight.columns, count, weight.columns, rows.at(token),
+                                       sums);
+                write_values(out, call.dtype, token * weight.rows + row, count, sums);
+            }
+    });
+}
+
+}  // namespace yuanmoe

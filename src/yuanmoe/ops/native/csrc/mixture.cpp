@@ -1,0 +1,231 @@
+#include <vector>
+
+#include "operations.h"
+#include "rows.h"
+#include "threads.h"
+
+namespace yuanmoe {
+namespace {
+
+// The choices (token n, k-th expert: number nK + k) sorted by expert, those of one expert cut into tiles.
+struct Plan {
+    struct Tile {
+        int64_t first, width;  // positions in `choices`
+    };
+    struct Job {
+        int64_t expert, first_tile, last_tile;
+    };
+    std::vector<int64_t> choices;    // choice at a position
+    std::vector<int64_t> positions;  // position of a choice
+    std::vector<Tile> tiles;
+    std::vector<Job> jobs;
+
+    // False if an id is out of range.
+    bool make(const Routing& routing, int64_t experts, int64_t widest) {
+        const int64_t count = routing.tokens * routing.chosen;
+        std::vector<int64_t> starts(experts + 1, 0);
+        for (int64_t i = 0; i < count; ++i) {
+            if (routing.experts[i] < 0 || routing.experts[i] >= experts) return false;
+            ++starts[routing.experts[i] + 1];
+        }
+        for (int64_t e = 0; e < experts; ++e) {
+            if (starts[e + 1]) add_job(e, starts[e], starts[e + 1], widest);
+            starts[e + 1] += starts[e];
+        }
+        choices.resize(count);
+        positions.resize(count);
+        for (int64_t i = 0; i < count; ++i) {
+            positions[i] = starts[routing.experts[i]]++;
+            choices[positions[i]] = i;
+        }
+        return true;
+    }
+
+  private:
+    void add_job(int64_t expert, int64_t first, int64_t count, int64_t widest) {
+        const int64_t first_tile = tiles.size();
+        const Cut cut = Cut::of(count, widest);
+        for (int64_t t = 0; t < cut.parts; ++t) tiles.push_back({first + cut.begin(t), cut.size(t)});
+        jobs.push_back({expert, first_tile, static_cast<int64_t>(tiles.size())});
+    }
+};
+
+// Experts with quantized weights. A gated unit is one group of F: its gate and up rows, SwiGLU, and its quantization
+// as input of the down matrix, so that the hidden values never leave the cache as floats.
+class QuantizedExperts {
+  public:
+    QuantizedExperts(const Call& call, const Quantized& gate_up, const Quantized& down, const Plan& plan,
+                     int64_t chosen, const void* x)
+        : call_(call),
+          gate_up_(gate_up),
+          down_(down),
+          plan_(plan),
+          chosen_(chosen),
+          x_(x),
+          tokens_(plan.choices.size(), gate_up),
+          hidden_(plan.choices.size(), down),
+          parts_(work_parts(down.blocks(), down.block_bytes(), call.threads)) {}
+
+    int64_t num_experts() const { return down_.matrices; }
+    int64_t gated_units() const { return down_.groups(); }
+    int64_t down_units() const { return parts_.parts; }
+
+    void prepare(const Plan::Tile& span) const {
+        const auto row = [&](int token) { return plan_.choices[span.first + token] / chosen_; };
+        quantize_tile(call_, gate_up_, x_, row, tokens_.tile(span.first, span.width));
+    }
+
+    void gated(const Plan::Job& job, int64_t unit) const {
+        const int64_t group = down_.group, first = unit * group;
+        const int64_t count = std::min(group, down_.columns - first);
+        for (int64_t t = job.first_tile; t < job.last_tile; ++t) {
+            const auto [position, width] = plan_.tiles[t];
+            const Tile x = tokens_.tile(position, width), hidden = hidden_.tile(position, width);
+            float gate[kMaxTile * kMaxGroup], up[kMaxTile * kMaxGroup];
+            for (int64_t row = 0; row < count; row += kBlockRows) {
+                scatter(2 * job.expert, (first + row) / kBlockRows, x, gate + row);
+                scatter(2 * job.expert + 1, (first + row) / kBlockRows, x, up + row);
+            }
+            for (int token = 0; token < width; ++token) {
+                float* values = gate + token * kMaxGroup;
+                call_.kernels->swiglu(values, up + token * kMaxGroup, count);
+                call_.kernels->quantize(values, count, group, unit, token, call_.kernels->bias(down_.bits), hidden);
+            }
+        }
+    }
+
+    // y[position][D]
+    void down(const Plan::Job& job, int64_t unit, float* y) const {
+        for (int64_t t = job.first_tile; t < job.last_tile; ++t)
+            for (int64_t block = parts_.begin(unit); block < parts_.end(unit); ++block) {
+                const auto [position, width] = plan_.tiles[t];
+                float rows[kMaxTile * kBlockRows];
+                multiply(call_, down_, job.expert, block, hidden_.tile(position, width), rows);
+                const int64_t first = block * kBlockRows, count = std::min<int64_t>(kBlockRows, down_.rows - first);
+                for (int64_t i = 0; i < width; ++i)
+                    std::copy_n(rows + i * kBlockRows, count, y + (position + i) * down_.rows + first);
+            }
+    }
+
+  private:
+    // One block of gate or up times a tile, a token's rows kMaxGroup apart.
+    void scatter(int64_t matrix, int64_t block, const Tile& x, float* out) const {
+        float rows[kMaxTile * kBlockRows];
+        multiply(call_, gate_up_, matrix, block, x, rows);
+        for (int i = 0; i < x.width; ++i) std::copy_n(rows + i * kBlockRows, kBlockRows, out + i * kMaxGroup);
+    }
+
+    const Call& call_;
+    const Quantized &gate_up_, &down_;
+    const Plan& plan_;
+    const int64_t chosen_;
+    const void* const x_;
+    const Activations tokens_, hidden_;
+    const Cut parts_;
+};
+
+// Experts with bf16 weights, for a few tokens.
+class Bfloat16Experts {
+  public:
+    Bfloat16Experts(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, const Plan& plan, int64_t chosen,
+                    const FloatRows& x)
+        : call_(call),
+          gate_up_(gate_up),
+          down_(down),
+          plan_(plan),
+          chosen_(chosen),
+          x_(x),
+          hidden_(plan.choices.size(), down.columns),
+          gated_parts_(work_parts(down.columns, gate_up.columns * 4, call.threads)),
+          down_parts_(work_parts(down.rows, down.columns * 2, call.threads)) {}
+
+    int64_t num_experts() const { return down_.matrices; }
+    int64_t gated_units() const { return gated_parts_.parts; }
+    int64_t down_units() const { return down_parts_.parts; }
+
+    void prepare(const Plan::Tile&) const {}
+
+    void gated(const Plan::Job& job, int64_t unit) {
+        each_position(job, gated_parts_, unit, [&](int64_t position, int64_t row, int64_t count) {
+            const float* x = x_.at(plan_.choices[position] / chosen_);
+            float* gate = hidden_.at(position) + row;
+            float up[kRowsAtOnce];
+            dot(gate_up_, job.expert, row, count, x, gate);
+            dot(gate_up_, job.expert, down_.columns + row, count, x, up);
+            call_.kernels->swiglu(gate, up, count);
+        });
+    }
+
+    void down(const Plan::Job& job, int64_t unit, float* y) const {
+        each_position(job, down_parts_, unit, [&](int64_t position, int64_t row, int64_t count) {
+            dot(down_, job.expert, row, count, hidden_.at(position), y + position * down_.rows + row);
+        });
+    }
+
+  private:
+    template <class Body>
+    void each_position(const Plan::Job& job, const Cut& parts, int64_t unit, const Body& body) const {
+        const Plan::Tile &first = plan_.tiles[job.first_tile], &last = plan_.tiles[job.last_tile - 1];
+        for (int64_t position = first.first; position < last.first + last.width; ++position)
+            for (int64_t row = parts.begin(unit); row < parts.end(unit); row += kRowsAtOnce)
+                body(position, row, std::min(kRowsAtOnce, parts.end(unit) - row));
+    }
+    void dot(const Bfloat16& weight, int64_t matrix, int64_t row, int64_t count, const float* x, float* out) const {
+        const uint16_t* values = weight.values + (matrix * weight.rows + row) * weight.columns;
+        call_.kernels->dot_bf16(values, count, weight.columns, x, out);
+    }
+
+    const Call& call_;
+    const Bfloat16 &gate_up_, &down_;
+    const Plan& plan_;
+    const int64_t chosen_;
+    const FloatRows& x_;
+    FloatRows hidden_;
+    const Cut gated_parts_, down_parts_;
+};
+
+template <class Experts>
+void run(const Call& call, Experts& experts, const Plan& plan, const Routing& routing, int64_t width, void* out) {
+    const int64_t jobs = plan.jobs.size(), gated = experts.gated_units(), down = experts.down_units();
+    const std::unique_ptr<float[]> y(new float[plan.choices.size() * width]);
+    parallel_for(call.threads, plan.tiles.size(), [&](int64_t i) { experts.prepare(plan.tiles[i]); });
+    parallel_for(call.threads, jobs * gated, [&](int64_t i) { experts.gated(plan.jobs[i / gated], i % gated); });
+    parallel_for(call.threads, jobs * down, [&](int64_t i) { experts.down(plan.jobs[i / down], i % down, y.get()); });
+    // Summed in the order of the router's ranking, whatever the order of the experts.
+    parallel_for(call.threads, routing.tokens, [&](int64_t token) {
+        constexpr int64_t kStep = 256;
+        for (int64_t first = 0; first < width; first += kStep) {
+            const int64_t count = std::min(kStep, width - first);
+            float sum[kStep] = {};
+            for (int64_t k = 0; k < routing.chosen; ++k) {
+                const int64_t choice = token * routing.chosen + k;
+                const float* part = y.get() + plan.positions[choice] * width + first;
+                for (int64_t i = 0; i < count; ++i) sum[i] += routing.weights[choice] * part[i];
+            }
+            write_values(out, call.dtype, token * width + first, count, sum);
+        }
+    });
+}
+
+}  // namespace
+
+bool mixture(const Call& call, const Quantized& gate_up, const Quantized& down, const Routing& routing, const void* x,
+             void* out) {
+    Plan plan;
+    if (!plan.make(routing, down.matrices, call.kernels->tile)) return false;
+    QuantizedExperts experts(call, gate_up, down, plan, routing.chosen, x);
+    run(call, experts, plan, routing, down.rows, out);
+    return true;
+}
+
+bool mixture(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, const Routing& routing, const void* x,
+             void* out) {
+    Plan plan;
+    if (!plan.make(routing, down.matrices, call.kernels->tile)) return false;
+    const FloatRows rows(call, x, routing.tokens, gate_up.columns);
+    Bfloat16Experts experts(call, gate_up, down, plan, routing.chosen, rows);
+    run(call, experts, plan, routing, down.rows, out);
+    return true;
+}
+
+}  // namespace yuanmoe

@@ -1,0 +1,41 @@
+// Whole operations over a variant's kernels: linear layers and mixtures of experts.
+#pragma once
+#include <cstdint>
+
+#include "layout.h"
+#include "tensors.h"
+
+namespace yuanmoe {
+
+// What every operation runs with.
+struct Call {
+    const Kernels* kernels;
+    int threads;
+    Dtype dtype;  // of the tokens in and out
+};
+
+// `matrices` equal row-major bf16 matrices.
+struct Bfloat16 {
+    const uint16_t* values;
+    int64_t matrices, rows, columns;
+};
+
+// Tokens [N, D], `chosen` experts each: their ids and weights are [N, K].
+struct Routing {
+    int64_t tokens, chosen;
+    const int64_t* experts;
+    const float* weights;
+};
+
+// out[n, o] = sum over i of weight[o, i] x[n, i]
+void linear(const Call& call, const Quantized& weight, const void* x, int64_t tokens, void* out);
+void linear(const Call& call, const Bfloat16& weight, const void* x, int64_t tokens, void* out);
+
+// out[n] = sum over k of weights[n, k] down[e] (silu(gate[e] x[n]) * up[e] x[n]), e = experts[n, k].
+// gate_up: [E, 2, F, D] when quantized, [E, 2F, D] when bf16. False if an expert id is not in [0, E).
+bool mixture(const Call& call, const Quantized& gate_up, const Quantized& down, const Routing& routing, const void* x,
+             void* out);
+bool mixture(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, const Routing& routing, const void* x,
+             void* out);
+
+}  // namespace yuanmoe

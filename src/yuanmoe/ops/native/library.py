@@ -1,0 +1,152 @@
+"""The compiled kernels behind `yuanmoe.ops.native`: the C interface of `csrc/api.cpp`, called through ctypes.
+
+ctypes because the library then knows neither Python nor torch: one build serves every version of both, and tensors
+cross as pointers. Threads come from the OpenMP runtime that torch itself has loaded, so there is one pool and
+`torch.set_num_threads` counts; where torch has none, from a pool of the library.
+Not here: checks of what users pass, and the choice between kernels and torch (`__init__.py`).
+Legend: N tokens, O outputs, I inputs, E experts, F expert width, D hidden, K chosen.
+"""
+
+import ctypes
+from ctypes import POINTER, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from yuanmoe.errors import ResourceError, UsageError
+from yuanmoe.ops.quant import PackedTensor
+
+VARIANTS: Final = ("portable", "avx2", "avx512vnni")
+"""In the order of `csrc/api.cpp`, and of speed."""
+LIBRARY: Final = Path(__file__).with_name("libyuanmoe.so")
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
+"""Tokens that the kernels read and write as they are."""
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (("variant", c_int32), ("threads", c_int32), ("dtype", c_int32))
+
+
+class _Quantized(ctypes.Structure):
+    _fields_ = (
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("matrices", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("bits", c_int32),
+        ("group", c_int32),
+    )
+
+
+class _Bfloat16(ctypes.Structure):
+    _fields_ = (("values", c_void_p), ("matrices", c_int64), ("rows", c_int64), ("columns", c_int64))
+
+
+class _Routing(ctypes.Structure):
+    _fields_ = (("tokens", c_int64), ("chosen", c_int64), ("experts", c_void_p), ("weights", c_void_p))
+
+
+def _stack(weight: PackedTensor | Tensor) -> _Quantized | _Bfloat16:
+    """Equal matrices [..., O, I] as the library sees them."""
+    if isinstance(weight, Tensor):
+        return _Bfloat16(weight.data_ptr(), weight.shape[:-2].numel(), weight.shape[-2], weight.shape[-1])
+    return _Quantized(
+        weight.codes.data_ptr(),
+        weight.scales.data_ptr(),
+        weight.codes.shape[:-3].numel(),
+        weight.out_features,
+        weight.in_features,
+        weight.bits,
+        weight.group_size,
+    )
+
+
+_SIGNATURES: Final = {
+    "yuanmoe_supports": (c_int32, (c_int32,)),
+    "yuanmoe_use_openmp": (None, (c_void_p,)),
+    "yuanmoe_linear": (c_int32, (_Call, POINTER(_Quantized), c_void_p, c_int64, c_void_p)),
+    "yuanmoe_linear_bf16": (c_int32, (_Call, POINTER(_Bfloat16), c_void_p, c_int64, c_void_p)),
+    "yuanmoe_mixture": (
+        c_int32,
+        (_Call, POINTER(_Quantized), POINTER(_Quantized), POINTER(_Routing), c_void_p, c_void_p),
+    ),
+    "yuanmoe_mixture_bf16": (
+        c_int32,
+        (_Call, POINTER(_Bfloat16), POINTER(_Bfloat16), POINTER(_Routing), c_void_p, c_void_p),
+    ),
+    "yuanmoe_read": (c_uint64, (_Call, c_void_p, c_int64)),
+}
+
+
+def open_library(path: Path = LIBRARY) -> ctypes.CDLL:
+    """The library with its functions declared. Raises OSError where it is missing or cannot be loaded."""
+    library = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if (parallel := _openmp_of_torch()) is not None:
+        library.yuanmoe_use_openmp(parallel)
+    return library
+
+
+def _openmp_of_torch() -> c_void_p | None:
+    """`GOMP_parallel` of the runtime that torch's library depends on, whatever its file is called."""
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        return ctypes.cast(torch_library.GOMP_parallel, c_void_p)
+    except (OSError, AttributeError):  # torch built with its own thread pool, or linked into one file
+        return None
+
+
+class Kernels:
+    """One variant of the library.
+
+    Unchecked: tensors are contiguous, on the CPU and fit; tokens are float32 or bfloat16, routing weights float32,
+    expert ids int64.
+    """
+
+    def __init__(self, library: ctypes.CDLL, variant: str) -> None:
+        self.variant: Final = variant
+        self._library: Final = library
+
+    def linear(self, x: Tensor, weight: PackedTensor | Tensor) -> Tensor:
+        """`x` [N, I] times a quantized or bfloat16 weight [O, I]."""
+        matrix = _stack(weight)
+        function = self._library.yuanmoe_linear_bf16 if isinstance(weight, Tensor) else self._library.yuanmoe_linear
+        out = x.new_empty(x.shape[0], matrix.rows)
+        _check(function(self._call(x), matrix, x.data_ptr(), x.shape[0], out.data_ptr()), matrix)
+        return out
+
+    def mixture(
+        self,
+        x: Tensor,
+        gate_up: PackedTensor | Tensor,
+        down: PackedTensor | Tensor,
+        weights: Tensor,
+        experts: Tensor,
+    ) -> Tensor:
+        """The weighted sum of the chosen experts of each token of `x` [N, D]; `weights` and `experts` are [N, K]."""
+        first, second = _stack(gate_up), _stack(down)
+        function = self._library.yuanmoe_mixture_bf16 if isinstance(down, Tensor) else self._library.yuanmoe_mixture
+        routing = _Routing(*weights.shape, experts.data_ptr(), weights.data_ptr())
+        out = torch.empty_like(x)
+        _check(function(self._call(x), first, second, routing, x.data_ptr(), out.data_ptr()), second)
+        return out
+
+    def read(self, data: Tensor) -> None:
+        """Reads every byte of `data` once, with all threads."""
+        self._library.yuanmoe_read(self._call(None), data.data_ptr(), data.nbytes)
+
+    def _call(self, x: Tensor | None) -> _Call:
+        dtype = 0 if x is None else DTYPES[x.dtype]
+        return _Call(VARIANTS.index(self.variant), torch.get_num_threads(), dtype)
+
+
+def _check(status: int, matrix: _Quantized | _Bfloat16) -> None:
+    if status == 1:
+        raise UsageError(f"an expert id is outside 0..{matrix.matrices - 1}, the experts of these weights")
+    if status == 2:
+        raise ResourceError("no memory left for the activations; use fewer tokens at a time")

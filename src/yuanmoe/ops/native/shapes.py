@@ -1,0 +1,55 @@
+"""What fits together: checks of tokens, weights and routing before pointers cross into the library.
+
+Legend: N tokens, D hidden, E experts, F expert width, K chosen.
+"""
+
+import torch
+from torch import Tensor
+
+from yuanmoe.errors import UsageError
+from yuanmoe.ops.native.library import DTYPES
+from yuanmoe.ops.quant import PackedTensor
+
+
+def check_tokens(x: Tensor, in_features: int, *weights: Tensor) -> None:
+    """Raises UsageError unless `x` has `in_features` channels and lies where `weights` do."""
+    if x.shape[-1] != in_features:
+        raise UsageError(f"tokens have {x.shape[-1]} channels, the weight takes {in_features}")
+    for weight in weights:
+        if weight.device != x.device:
+            raise UsageError(f"tokens are on {x.device}, the weight is on {weight.device}; move one to the other")
+
+
+def check_packed_experts(gate_up: PackedTensor, down: PackedTensor) -> None:
+    """Raises UsageError unless these are stacks of E x 2 and E matrices that fit."""
+    stacks = gate_up.codes.shape[:-3], down.codes.shape[:-3]
+    if len(stacks[1]) != 1 or stacks[0] != (*stacks[1], 2):
+        raise UsageError(
+            f"gate_up is {list(stacks[0])} matrices and down {list(stacks[1])}; pack them as [E, 2, F, D] and [E, D, F]"
+        )
+    check_experts((gate_up.out_features, gate_up.in_features), (down.out_features, down.in_features))
+
+
+def check_experts(gate: tuple[int, int], down: tuple[int, int]) -> None:
+    """Raises UsageError unless gate is [F, D] and down [D, F]."""
+    if gate != down[::-1]:
+        raise UsageError(f"experts of {list(gate)} up and {list(down)} down; they must be [F, D] and [D, F]")
+
+
+def check_routing(x: Tensor, weights: Tensor, experts: Tensor) -> None:
+    """Raises UsageError unless each of the N tokens has K experts and K weights."""
+    if x.ndim != 2 or weights.shape != experts.shape or weights.ndim != 2 or len(weights) != len(x):
+        raise UsageError(
+            f"tokens {list(x.shape)}, weights {list(weights.shape)} and experts {list(experts.shape)} do not fit; "
+            "they must be [N, D], [N, K] and [N, K]"
+        )
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` as the kernels read it: contiguous, float32 or bfloat16."""
+    return (x if x.dtype in DTYPES else x.float()).contiguous()
+
+
+def readable_routing(weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Routing as the kernels read it: contiguous float32 and int64."""
+    return weights.to(torch.float32).contiguous(), experts.to(torch.int64).contiguous()
