@@ -29,7 +29,8 @@ def root(tmp_path: Path) -> Path:
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "link.py").symlink_to("/dev/zero")
+    (tmp_path / "endless.py").symlink_to("/dev/zero")
+    (tmp_path / "link.py").symlink_to(tmp_path / "notes.txt")
     return tmp_path
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from small_tokenizers import SMALL, TEXT, bpe, small_sentencepiece
@@ -74,10 +74,12 @@ def test_ids_that_are_none(previous: int) -> None:
         detokenizer.push(previous)
 
 
-STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
+STOPS = st.lists(st.text("ab", min_size=1, max_size=7), max_size=4)
 
 
-@given(stops=STOPS, pieces=st.lists(st.text("abc", max_size=5), max_size=8))
+@settings(max_examples=400)
+@given(stops=STOPS, pieces=st.lists(st.text("ab", max_size=5), max_size=8))
+@example(stops=["aaabb"], pieces=["aaab", "a"])  # two steps back while the automaton is made
 def test_stop_strings_against_a_naive_search(stops: list[str], pieces: list[str]) -> None:
     text = "".join(pieces)
     found = [(end, stop) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
@@ -107,6 +109,12 @@ def test_stop_strings_overlap() -> None:
     matcher = StopStrings(["aab", "\n\n", "Question:"])
     assert [matcher.push(piece) for piece in ("xaa", "a", "b", "more")] == ["x", "a", "", ""]
     assert (matcher.matched, matcher.flush()) == ("aab", "")
+
+
+@pytest.mark.parametrize("stops", [["ab", "b"], ["b", "ab"]])
+def test_the_longest_of_the_stop_strings_that_end_together(stops: list[str]) -> None:
+    matcher = StopStrings(stops)
+    assert (matcher.push("xa"), matcher.push("b"), matcher.matched) == ("x", "", "ab")
 
 
 def test_a_stop_string_that_never_comes_is_given_back() -> None:
