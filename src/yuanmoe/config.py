@@ -7,6 +7,7 @@ Not here: tensors (no torch), files, training hyper-parameters.
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -86,8 +87,11 @@ class ModelConfig:
                 f"partial_rotary_factor {self.partial_rotary_factor} rotates {self.rotary_dim} of {self.head_dim} "
                 "channels; it must give an even number of at least 2"
             )
-        if self.rope_theta <= 1:
+        if not 1 < self.rope_theta < math.inf:
             raise ConfigError(f"rope_theta is {self.rope_theta}; it must be above 1")
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.max_position_embeddings < 1:
             raise ConfigError(f"max_position_embeddings is {self.max_position_embeddings}; it must be at least 1")
         if not 0 <= self.attention_dropout < 1:
