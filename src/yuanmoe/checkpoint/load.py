@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from yuanmoe.checkpoint.lazy import LazyTensor, cast
 from yuanmoe.checkpoint.mapping import layout
@@ -40,11 +41,21 @@ def load_model(
     config = source.config.replace(**changes)
     if layout(config) != layout(source.config):
         raise UsageError(f"{', '.join(changes)} cannot be changed while loading: the weights would not fit")
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = YuanForCausalLM(config)
     state = load_state(source, dtype=dtype or source.dtype, device=device)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """No normal numbers: to draw them on the meta device, torch first imports its reference library for 3 seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
 def load_state(
@@ -66,20 +77,23 @@ def load_state(
 
 
 def _check_memory(source: Source, tensors: Mapping[str, LazyTensor], device: torch.device) -> None:
-    if device.type == "cuda":
-        free, place = torch.cuda.mem_get_info(device)[0], str(device)
-        needed = sum(tensor.nbytes for tensor in tensors.values())
-    else:
-        free, place = read_machine().available_bytes, "RAM"
-        needed = sum(tensor.nbytes for tensor in tensors.values() if not tensor.is_view)
+    on_cpu = device.type == "cpu"
+    needed = sum(tensor.nbytes for tensor in tensors.values() if not (on_cpu and tensor.is_view))
+    free = _free_memory(device)
     if free is None or needed <= free:
         return
     dtypes = ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors.values()}))
     ways = ["a smaller dtype", "4-bit weights: yuanmoe quantize"]
-    if device.type == "cpu":
-        native = f"the native layout in its own dtype, which is not copied: yuanmoe convert {source.path} NEW"
-        ways.insert(0, native)
+    if on_cpu:
+        ways.insert(0, f"the native layout, which is not copied in its own dtype: yuanmoe convert {source.path} NEW")
     raise ResourceError(
-        f"{source.path} in {dtypes} needs {format_size(needed)} of {place}, {format_size(free)} are free. "
-        f"Ways out: {'; '.join(ways)}"
+        f"{source.path} in {dtypes} needs {format_size(needed)} of {'RAM' if on_cpu else device}, "
+        f"{format_size(free)} are free. Ways out: {'; '.join(ways)}"
     )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had there; None where that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return read_machine().available_bytes if device.type == "cpu" else None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from yuanmoe.checkpoint.native_config import dtype_name
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ConfigError
 
@@ -169,18 +170,19 @@ def official_config(
     `head_stored`: whether `lm_head.weight` is written although it equals the embedding.
     """
     wanted = config.to_dict()
-    values = dict(original or {})
-    if not original or _said(original) | {"tie_word_embeddings": config.tie_word_embeddings} != wanted:
-        values = {key: value for key, value in values.items() if key not in _READ} | _fresh(config)
+    if original and _said(original) | {"tie_word_embeddings": config.tie_word_embeddings} == wanted:
+        values = dict(original)
+    else:
+        values = _fresh(config) | {key: value for key, value in (original or {}).items() if key not in _READ}
+        said = _said(values)
+        extension = {name: value for name, value in wanted.items() if said[name] != value}
+        values |= {EXTENSION: extension} if extension else {}
     if config.tie_word_embeddings != values.get("tie_word_embeddings", True) and not head_stored:
         values["tie_word_embeddings"] = config.tie_word_embeddings
     # transformers writes `dtype` since its version 5; only what is there is kept up to date.
     for key in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
-        values[key] = str(dtype).removeprefix("torch.")
-    said = _said({key: value for key, value in values.items() if key != EXTENSION})
-    extension = {name: value for name, value in wanted.items() if said[name] != value}
-    extension.pop("tie_word_embeddings", None)
-    return values | {EXTENSION: extension} if extension else values
+        values[key] = dtype_name(dtype)
+    return values
 
 
 def _said(values: Mapping[str, Any]) -> dict[str, Any]:

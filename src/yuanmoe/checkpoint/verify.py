@@ -26,11 +26,15 @@ class Verified:
     hashed_bytes: int
 
 
-def verify(path: Path | str, *, progress: Callable[[int, int], None] = silent) -> Verified:
-    """Check a checkpoint; `progress` hears bytes done and in all. Raises what `open_checkpoint` raises, and
-    CheckpointError for a shard that is not what was written."""
+def verify(
+    path: Path | str, *, ignore_unknown: bool = False, progress: Callable[[int, int], None] = silent
+) -> Verified:
+    """Check a checkpoint; `progress` hears bytes done and in all.
+
+    Raises what `open_checkpoint` raises, and CheckpointError for a shard that is not what was written.
+    """
     path = Path(path)
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, ignore_unknown=ignore_unknown)
     manifest = Manifest.read(path) or Manifest(fingerprint="")
     total = sum(entry["bytes"] for entry in manifest.shards.values())
     done = 0

@@ -1,0 +1,97 @@
+"""`yuanmoe convert` and `yuanmoe verify`: checkpoints from one layout to another, and whether one is whole."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from yuanmoe.cli.output import people, print_result
+from yuanmoe.plan.sizes import format_size, parse_size
+
+
+def convert(
+    src: Annotated[Path, typer.Argument(help="A checkpoint directory of any format.")],
+    dst: Annotated[Path, typer.Argument(help="The directory to write.")],
+    to: Annotated[
+        Literal["native", "official"], typer.Option(help="Ours, which loads without copying, or Hugging Face's.")
+    ] = "native",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; as stored by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is whole.")] = False,
+    shard_size: Annotated[str, typer.Option(help="Largest file, a single tensor apart.")] = "5GB",
+    rope_theta: Annotated[
+        float | None, typer.Option(help="RoPE base, which official files lack: 10000 or 40890.")
+    ] = None,
+    ignore_unknown: Annotated[
+        bool, typer.Option("--ignore-unknown", help="Go on where config keys or tensors are unknown.")
+    ] = False,
+) -> None:
+    """Write a checkpoint in another layout. Interrupted, it goes on where it was when called again."""
+    from yuanmoe.checkpoint.convert import convert as convert_checkpoint
+    from yuanmoe.checkpoint.native_config import parse_dtype
+
+    console = people()
+    start = time.perf_counter()
+    with _progress(f"{src.name} -> {dst.name}") as progress:
+        written = convert_checkpoint(
+            src,
+            dst,
+            to=to,
+            dtype=parse_dtype(dtype) if dtype else None,
+            overwrite=overwrite,
+            shard_bytes=parse_size(shard_size),
+            rope_theta=rope_theta,
+            ignore_unknown=ignore_unknown,
+            progress=progress,
+            say=console.print,
+        )
+    seconds = time.perf_counter() - start
+    console.print(f"{dst}: {written.tensors} tensors, {format_size(written.nbytes)} in {written.shards} files")
+    print_result(
+        {
+            "path": str(written.path),
+            "to": to,
+            "tensors": written.tensors,
+            "bytes": written.nbytes,
+            "shards": written.shards,
+            "resumed_shards": written.resumed_shards,
+            "seconds": round(seconds, 3),
+        }
+    )
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="A checkpoint directory of any format.")],
+    ignore_unknown: Annotated[
+        bool, typer.Option("--ignore-unknown", help="Go on where config keys or tensors are unknown.")
+    ] = False,
+) -> None:
+    """Check that a checkpoint is whole: names, shapes and dtypes, and the sha256 of the files that we wrote."""
+    from yuanmoe.checkpoint.verify import verify as verify_checkpoint
+
+    console = people()
+    with _progress(path.name) as progress:
+        found = verify_checkpoint(path, ignore_unknown=ignore_unknown, progress=progress)
+    hashed = f"sha256 of {format_size(found.hashed_bytes)} as written" if found.hashed_bytes else "no sums to compare"
+    console.print(f"{path}: {found.format}, {found.tensors} tensors, {format_size(found.nbytes)}, {hashed}")
+    print_result(
+        {
+            "path": str(path),
+            "format": found.format,
+            "tensors": found.tensors,
+            "bytes": found.nbytes,
+            "hashed_bytes": found.hashed_bytes,
+        }
+    )
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with speed and time left, for a function that tells bytes done and in all."""
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=people(), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
