@@ -1,7 +1,8 @@
-"""A directory that appears whole or not at all: written beside as `NAME.partial`, flushed, and renamed.
+"""A directory that appears whole or not at all: written as `NAME.partial/checkpoint`, flushed, and renamed.
 
 Whatever had the name before stays untouched until the new one is complete, and is exchanged for it in one step where
-the system can (Linux). Not here: what is in the directory (`writer.py`).
+the system can (Linux). `NAME.partial` is known to be ours by a file beside `checkpoint`, which may be what was replaced
+when a process is killed at the very end. Not here: what is in the directory (`writer.py`).
 """
 
 import ctypes
@@ -16,32 +17,30 @@ from pathlib import Path
 from yuanmoe.errors import CheckpointError, ResourceError
 from yuanmoe.plan.sizes import format_size
 
+_CONTENT = "checkpoint"
+_MARKER = "unfinished.txt"
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-
-
-def partial_of(dst: Path) -> Path:
-    """Where `dst` is while it is being written."""
-    return dst.with_name(dst.name + ".partial")
 
 
 @contextmanager
 def new_folder(dst: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to write into, which becomes `dst` when the block ends, and is kept for the next run when it raises.
 
-    Raises CheckpointError when there is something at `dst` and not `overwrite`, when that is no checkpoint, or when
-    another process is writing it; ResourceError when the disk is full.
+    Raises CheckpointError when there is something at `dst` and not `overwrite`, when that is no checkpoint, when
+    another process is writing it, or when `NAME.partial` is not ours; ResourceError when the disk is full.
     """
     _check_destination(dst, overwrite)
-    partial = partial_of(dst)
+    partial = dst.with_name(dst.name + ".partial")
     with _disk_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY)
         try:
             _claim(descriptor, partial)
-            yield partial
-            os.fsync(descriptor)
+            (partial / _CONTENT).mkdir(exist_ok=True)
+            yield partial / _CONTENT
             _publish(partial, dst)
         finally:
             os.close(descriptor)
@@ -98,19 +97,26 @@ def _claim(descriptor: int, partial: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise CheckpointError(f"another process is writing {partial}; wait for it, or choose another name") from error
+    if not (partial / _MARKER).exists():
+        if any(not path.name.startswith(_MARKER) for path in partial.iterdir()):
+            raise CheckpointError(f"{partial} is in the way: it is not an unfinished checkpoint; move it")
+        write_synced(partial / _MARKER, "yuanmoe goes on here when the same command runs again; safe to remove\n")
 
 
 def _publish(partial: Path, dst: Path) -> None:
+    """Give the finished content the name `dst`, and remove what had it."""
+    content = partial / _CONTENT
+    _sync(content)
     if not dst.exists():
-        partial.rename(dst)
-    elif _exchange(partial, dst):
-        shutil.rmtree(partial)
-    else:
-        replaced = dst.with_name(dst.name + ".replaced")
-        dst.rename(replaced)
-        partial.rename(dst)
-        shutil.rmtree(replaced)
+        content.rename(dst)
+    elif not _exchange(content, dst):
+        # Killed between these two, `dst` is missing until the next run; what was there is kept until then.
+        dst.rename(partial / "replaced")
+        content.rename(dst)
     _sync(dst.parent)
+    for folder in filter(Path.is_dir, list(partial.iterdir())):
+        shutil.rmtree(folder)
+    shutil.rmtree(partial)
 
 
 def _exchange(a: Path, b: Path) -> bool:

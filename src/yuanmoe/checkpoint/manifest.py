@@ -1,7 +1,7 @@
 """What was written into a checkpoint directory: the size and sha256 of every finished shard.
 
-While a directory is being written this is its journal: a listed shard is on the disk, and the next run need not write
-it again. Afterwards `verify.py` compares the files with it.
+While a directory is being written this is its journal: a listed shard is on the disk, and a run with the same
+fingerprint need not write it again. Afterwards `verify.py` compares the files with it.
 """
 
 from dataclasses import dataclass, field

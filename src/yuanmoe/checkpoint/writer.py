@@ -17,10 +17,9 @@ from typing import Any, TypedDict
 from yuanmoe.checkpoint.folder import check_free_disk, copy_synced, new_folder, write_synced
 from yuanmoe.checkpoint.json_file import json_text
 from yuanmoe.checkpoint.lazy import LazyTensor
-from yuanmoe.checkpoint.manifest import Manifest
+from yuanmoe.checkpoint.manifest import MANIFEST, Manifest
 from yuanmoe.checkpoint.safetensors_file import write_safetensors
 from yuanmoe.checkpoint.shards import SAFETENSORS_INDEX
-from yuanmoe.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
 """A shard holds at most this, or one tensor. One layer of M32 has 3.3 GB."""
@@ -107,6 +106,9 @@ def write_checkpoint(
             manifest.shards[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
             manifest.write(folder)
         _write_small_files(folder, contents, shards, total)
+        # Without the fingerprint nothing resumes from it: should a process be killed while it exchanges the finished
+        # folder for an older one, the next one finds the older one in its place.
+        Manifest(fingerprint="", shards=manifest.shards).write(folder)
     return Written(path=dst, tensors=len(contents.tensors), nbytes=total, shards=len(shards), resumed_shards=resumed)
 
 
@@ -129,24 +131,23 @@ def _begin(
     folder: Path, contents: Contents, shards: Mapping[str, Mapping[str, LazyTensor]], say: Callable[[str], None]
 ) -> Manifest:
     """The manifest to go on with: an earlier run's of the same contents, or an empty one in an empty folder."""
-    found = Manifest.read(folder)
-    if found is None and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is in the way: it is not an unfinished checkpoint; remove it")
     manifest = Manifest(fingerprint=_fingerprint(contents, shards))
+    found = Manifest.read(folder)
     if found is not None and found.fingerprint == manifest.fingerprint:
-        sizes = {name: entry["bytes"] for name, entry in found.shards.items()}
-        whole = {
-            name for name, size in sizes.items() if (folder / name).is_file() and (folder / name).stat().st_size == size
-        }
-        manifest.shards.update({name: found.shards[name] for name in shards if name in whole})
-        say(f"resuming {folder}: {len(manifest.shards)} of {len(shards)} shards are there")
+        whole = {name: entry for name, entry in found.shards.items() if _size(folder / name) == entry["bytes"]}
+        manifest.shards.update(whole)
+        say(f"resuming {folder}: {len(whole)} of {len(shards)} shards are there")
     elif found is not None:
-        say(f"starting over: {folder} was begun from another source or with other options")
+        say(f"starting over: what is in {folder} is not of this source and these options")
     for path in folder.iterdir():
-        if path.name not in manifest.shards:
+        if path.name not in (*manifest.shards, MANIFEST):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     manifest.write(folder)
     return manifest
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _fingerprint(contents: Contents, shards: Mapping[str, Mapping[str, LazyTensor]]) -> str:
