@@ -483,7 +483,11 @@ def test_incomplete_or_split_megatron_runs_are_refused(tmp_path):
         ),
         (
             {"model": {"language_model": {"encoder": {"layers.0.mlp.experts.weight1": torch.ones(3, 2)}}}},
-            "the router of the layer of 'language_model.encoder.layers.0.mlp.experts.weight1' is missing",
+            r"layers.0.mlp.experts.weight1' of shape \(3, 2\) does not fit 0 experts and hidden size 0",
+        ),
+        (
+            {"model": {"language_model": {"encoder": {"layers.0.mlp.dense_h_to_4h.weight": torch.ones(3, 2)}}}},
+            r"layers.0.mlp.dense_h_to_4h.weight' has shape \(3, 2\), which is not 2 equal parts",
         ),
     ],
 )

@@ -156,7 +156,9 @@ def test_every_preset_has_the_number_of_weights_that_was_published():
 
 def test_transformers_own_library_reads_what_we_write(tmp_path):
     state = random_state(MOE, torch.bfloat16)
-    save_native(state, MOE, tmp_path / "native", shard_bytes=10_000)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_native(state, MOE, tmp_path / "native", shard_bytes=10_000, companions=tmp_path)
+    assert (tmp_path / "native" / "tokenizer.json").read_text() == "{}"
     files = sorted((tmp_path / "native").glob("*.safetensors"))
     assert len(files) == 3
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}

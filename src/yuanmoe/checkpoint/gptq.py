@@ -16,6 +16,9 @@ from torch import Tensor
 from yuanmoe.checkpoint.lazy import LazyTensor
 from yuanmoe.errors import CheckpointError
 
+_ROWS = 2048
+"""Rows unpacked at a time: enough to keep the cores busy, few enough that what is in between stays small."""
+
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -33,27 +36,40 @@ class PackedTensor(LazyTensor):
     def flat(self, start: int, stop: int) -> Tensor:
         inputs = self.shape[1]
         first, last = start // inputs, -(-stop // inputs)
-        groups = self._groups()
-        codes = unpack(self.qweight.read()[:, first:last], self.bits)
-        zeros = unpack(self.qzeros.read().T, self.bits)[first:last].T
+        qweight, scales = self.qweight.read(), self.scales.read().T
         # Stored minus one; a zero of 0 went round to the largest code, and comes back round.
-        zeros = (zeros + 1) & (2**self.bits - 1)
-        scales = self.scales.read()[:, first:last].float()
-        weight = (codes - zeros[groups]) * scales[groups]
-        rows = weight.to(self.dtype).T.reshape(-1)
-        return rows[start - first * inputs : stop - first * inputs]
+        zeros = (unpack(self.qzeros.read().T, self.bits).T + 1) & (2**self.bits - 1)
+        groups = self._groups()
+        rows = torch.empty(last - first, inputs, dtype=self.dtype)
+        for block, low in zip(rows.split(_ROWS), range(first, last, _ROWS), strict=True):
+            some = slice(low, low + len(block))
+            block.copy_(_dequantized(unpack(qweight[:, some], self.bits), zeros[some], scales[some], groups))
+        return rows.view(-1)[start - first * inputs : stop - first * inputs]
 
-    def _groups(self) -> Tensor:
+    def _groups(self) -> Tensor | None:
+        """The group of each input; None where groups are equal runs of inputs, as in every released file."""
         groups, count = self.g_idx.read().long(), self.scales.shape[0]
         if bool(((groups < 0) | (groups >= count)).any()):
             raise CheckpointError(f"{self.name}.g_idx names groups outside 0..{count - 1}; the file is damaged")
-        return groups
+        inputs = len(groups)
+        runs = torch.arange(inputs) // max(1, inputs // count)
+        return None if inputs % count == 0 and torch.equal(groups, runs) else groups
+
+
+def _dequantized(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor | None) -> Tensor:
+    """Weights [O, I] out of codes [O, I] and the zeros and scales [O, groups]."""
+    if groups is not None:
+        zeros, scales = zeros[:, groups], scales[:, groups]
+    # Differences of codes are exact in 16 bits, so each weight is rounded once.
+    runs = codes.view(*zeros.shape, -1).to(scales.dtype)
+    return ((runs - zeros.unsqueeze(2)) * scales.unsqueeze(2)).view(codes.shape)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """Codes [W * 32 / bits, N] out of int32 `words` [W, N], low bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32).view(1, -1, 1)
-    return ((words.unsqueeze(1) >> shifts) & (2**bits - 1)).flatten(0, 1)
+    """Codes uint8 [N, W * 32 / bits] out of int32 `words` [W, N], low bits first."""
+    octets = words.contiguous().view(torch.uint8).view(*words.shape, 4)
+    codes = torch.stack([(octets >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
+    return codes.flatten(2).transpose(0, 1).flatten(1)
 
 
 def packed_tensors(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> dict[str, LazyTensor]:

@@ -182,9 +182,9 @@ class CastTensor(LazyTensor):
         yield from map(self._cast, self.tensor.blocks(max_bytes))
 
     def _cast(self, block: Tensor) -> Tensor:
-        cast = block.to(self.dtype)
-        if bool(torch.isinf(cast).any()) and not bool(torch.isinf(block).any()):
-            limit = torch.finfo(self.dtype).max
+        cast, limit = block.to(self.dtype), torch.finfo(self.dtype).max
+        narrower = limit < torch.finfo(block.dtype).max
+        if narrower and bool(torch.isinf(cast).any()) and not bool(torch.isinf(block).any()):
             raise CheckpointError(
                 f"{self.name} reaches {block.abs().max().item():.4g}, beyond the {limit:.4g} that {self.dtype} holds; "
                 "use bfloat16 or float32"
@@ -207,15 +207,8 @@ def main_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-class WeightFile(NamedTuple):
-    """A weight file opened: its bytes, and its tensors by name."""
-
-    data: MappedBytes
-    tensors: dict[str, LazyTensor]
-
-
 class Weights(NamedTuple):
-    """All tensors of a checkpoint by name, and the files that they are in."""
+    """The tensors of one or more files by name, and the files."""
 
     tensors: dict[str, LazyTensor]
     files: tuple[MappedBytes, ...]

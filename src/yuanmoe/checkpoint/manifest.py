@@ -10,6 +10,7 @@ from typing import Any
 
 from yuanmoe.checkpoint.folder import write_synced
 from yuanmoe.checkpoint.json_file import json_text, read_json
+from yuanmoe.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
@@ -23,12 +24,19 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
-        """The manifest in a folder; None where there is none."""
+        """The manifest in a folder; None where there is none. Raises CheckpointError for a damaged one."""
         if not (folder / MANIFEST).is_file():
             return None
         values = read_json(folder / MANIFEST)
-        return cls(fingerprint=str(values.get("fingerprint")), shards=dict(values.get("shards", {})))
+        shards = values.get("shards")
+        if not isinstance(shards, dict) or not all(map(_sound, shards.values())):
+            raise CheckpointError(f"{folder / MANIFEST} is damaged; remove it to go on without it")
+        return cls(fingerprint=str(values.get("fingerprint")), shards=shards)
 
     def write(self, folder: Path) -> None:
         """Put it on the disk, whole or not at all."""
         write_synced(folder / MANIFEST, json_text({"fingerprint": self.fingerprint, "shards": self.shards}))
+
+
+def _sound(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)

@@ -6,6 +6,7 @@ Not here: what the bytes mean (`safetensors_file.py`, `pickle_file.py`).
 """
 
 import mmap
+import sys
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +18,7 @@ from yuanmoe.errors import CheckpointError
 
 # Linux counts a private writable map against RAM as a whole unless told not to reserve: an 80 GB file would be refused.
 # Python 3.11 does not name the flag.
-MAP_NORESERVE = 0x4000
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 class MappedBytes:
@@ -43,9 +44,8 @@ class MappedBytes:
 
     def is_view(self, start: int, dtype: torch.dtype, count: int) -> bool:
         """Whether `tensor` gives a view of the map: within one piece, and aligned."""
-        piece = bisect_right(self._ends, start)
-        base = self._ends[piece] - len(self._maps[piece])
-        return start + count * dtype.itemsize <= self._ends[piece] and (start - base) % dtype.itemsize == 0
+        piece, first = self._locate(start)
+        return first % dtype.itemsize == 0 and first + count * dtype.itemsize <= len(piece)
 
     def tensor(self, start: int, dtype: torch.dtype, count: int) -> Tensor:
         """`count` elements from byte `start` on, 1-D: a view of the map, or a copy where `is_view` says no."""
@@ -55,9 +55,14 @@ class MappedBytes:
             return torch.empty(0, dtype=dtype)
         if not self.is_view(start, dtype, count):
             return torch.frombuffer(bytearray(self.read(start, stop)), dtype=dtype)
-        piece = bisect_right(self._ends, start)
-        base = self._ends[piece] - len(self._maps[piece])
-        return torch.frombuffer(self._maps[piece], dtype=dtype, count=count, offset=start - base)
+        piece, first = self._locate(start)
+        return torch.frombuffer(piece, dtype=dtype, count=count, offset=first)
+
+    def _locate(self, start: int) -> tuple[mmap.mmap, int]:
+        """The piece with byte `start`, and where in it that is; an empty tensor may start at the very end."""
+        index = min(bisect_right(self._ends, start), len(self._maps) - 1)
+        piece = self._maps[index]
+        return piece, start - (self._ends[index] - len(piece))
 
     def release(self) -> None:
         """Let go of the pages read so far, so that streaming through a file does not fill memory.
@@ -74,7 +79,7 @@ def _map(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             if path.stat().st_size == 0:
                 raise CheckpointError(f"{path} is empty (0 bytes); copy or download it again")
-            flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+            flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
             return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error.strerror}") from error

@@ -155,7 +155,7 @@ def _official(
         prefix = f"model.layers.{first_layer + int(match[1])}."
         parts = _PARTS[match[2]]
         for index, part in enumerate(parts):
-            yield prefix + part, _equal_part(tensor, index, len(parts))
+            yield prefix + part, _equal_part(file, name, tensor, index, len(parts))
     elif match and match[2] in _EXPERTS:
         prefix = f"model.layers.{first_layer + int(match[1])}.mlp.experts"
         for expert, matrix in enumerate(_experts(file, name, tensor, stage)):
@@ -164,9 +164,11 @@ def _official(
         raise CheckpointError(f"{file}: unknown tensor {name!r} {tensor.shape}; it is not of a Yuan 2.0 model")
 
 
-def _equal_part(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
+def _equal_part(file: Path, name: str, tensor: LazyTensor, index: int, count: int) -> LazyTensor:
     if count == 1:
         return tensor
+    if not tensor.shape or tensor.shape[0] % count:
+        raise CheckpointError(f"{file}: tensor {name!r} has shape {tensor.shape}, which is not {count} equal parts")
     size = tensor.numel // count
     shape = (tensor.shape[0] // count, *tensor.shape[1:])
     return ComposedTensor.of(shape, [Part(tensor, index * size, (index + 1) * size)])
@@ -175,9 +177,13 @@ def _equal_part(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
 def _experts(file: Path, name: str, tensor: LazyTensor, stage: Mapping[str, LazyTensor]) -> Iterator[LazyTensor]:
     """One matrix an expert; how many there are, the router of the same layer knows."""
     router = stage.get(name.rpartition(".experts.")[0] + ".router.attention_router.query_key_value.weight")
-    if router is None:
-        raise CheckpointError(f"{file}: the router of the layer of {name!r} is missing")
-    experts, hidden = router.shape[0] // 3, router.shape[1]
+    rows, hidden = router.shape if router is not None and len(router.shape) == 2 else (0, 0)
+    experts = rows // 3
+    if not experts * hidden or tensor.numel % (experts * hidden):
+        raise CheckpointError(
+            f"{file}: {name!r} of shape {tensor.shape} does not fit {experts} experts and hidden size {hidden}, "
+            "which is what the router of its layer has"
+        )
     width = tensor.numel // (experts * hidden)
     shape = (width, hidden) if name.endswith("weight1") else (hidden, width)
     for expert in range(experts):
@@ -190,7 +196,7 @@ def megatron_fields(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
     layers = sum(name.endswith(".input_layernorm.weight") for name in shapes)
     heads = args.get("num_attention_heads", 0)
     value = "model.layers.0.self_attn.v_proj.weight"
-    if heads < 1 or EMBEDDING not in shapes or value not in shapes:
+    if heads < 1 or len(shapes.get(EMBEDDING, ())) != 2 or not shapes.get(value):
         raise CheckpointError(
             f"the Megatron checkpoint has num_attention_heads {heads} in its args and {len(shapes)} tensors; "
             "that does not describe a model: put the official config.json beside it, or download it again"

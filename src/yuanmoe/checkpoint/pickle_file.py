@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, TensorView, WeightFile
+from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, TensorView, Weights
 from yuanmoe.checkpoint.mapped import MappedBytes
 from yuanmoe.checkpoint.safetensors_file import DTYPES
 from yuanmoe.errors import CheckpointError, UnsafePickleError
@@ -69,12 +69,12 @@ class Inert:
         self.items.append(value)
 
 
-def open_pickle(path: Path) -> WeightFile:
+def open_pickle(path: Path) -> Weights:
     """The tensors of a state dict file. Raises UnsafePickleError when it asks for anything but tensors."""
     data, content = read_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(value, LazyTensor) for value in content.values()):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    return WeightFile(data, content)
+    return Weights(content, (data,))
 
 
 def read_pickle(path: Path, inert: tuple[str, ...] = ()) -> tuple[MappedBytes, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, WeightFile
+from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, Weights
 from yuanmoe.checkpoint.mapped import MappedBytes
 from yuanmoe.errors import CheckpointError
 
@@ -46,7 +46,7 @@ DATA_ALIGNMENT = 64
 """Our headers are padded so that tensors start at a cache line, which the kernels' aligned loads want."""
 
 
-def open_safetensors(*paths: Path) -> WeightFile:
+def open_safetensors(*paths: Path) -> Weights:
     """One file, or the raw pieces of one in order. Raises CheckpointError unless every byte is accounted for."""
     data = MappedBytes(*paths)
     if data.size < 8:
@@ -63,7 +63,7 @@ def open_safetensors(*paths: Path) -> WeightFile:
         if name != "__metadata__"
     }
     _check_extents(data, start, tensors)
-    return WeightFile(data, dict(tensors))
+    return Weights(dict(tensors), (data,))
 
 
 def _header(data: MappedBytes, stop: int) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _tensor(data: MappedBytes, start: int, name: str, entry: Any) -> StoredTenso
         numbers = (*shape, first, last)
     except (TypeError, KeyError, ValueError):
         raise damaged from None
-    if any(type(number) is not int or number < 0 for number in numbers):
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
         raise damaged
     if dtype not in DTYPES:
         raise CheckpointError(f"{data}: tensor {name!r} has unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")

@@ -7,11 +7,12 @@ Not here: which tensors a model needs (`mapping.py`).
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from yuanmoe.checkpoint.json_file import read_json
-from yuanmoe.checkpoint.lazy import WeightFile, Weights
+from yuanmoe.checkpoint.lazy import LazyTensor, Weights
+from yuanmoe.checkpoint.mapped import MappedBytes
 from yuanmoe.checkpoint.pickle_file import open_pickle
 from yuanmoe.checkpoint.safetensors_file import open_safetensors
 from yuanmoe.errors import CheckpointError
@@ -32,17 +33,21 @@ def open_weights(folder: Path) -> Weights:
     if known and known.suffix == ".json":
         return _indexed(known)
     if known:
-        return _together([_open([known])])
-    return _together([_open(paths) for paths in _unlisted(folder)])
+        return _open([known])
+    return _together(map(_open, _unlisted(folder)))
 
 
-def _open(paths: Sequence[Path]) -> WeightFile:
+def _open(paths: Sequence[Path]) -> Weights:
     return open_pickle(paths[0]) if paths[0].suffix == ".bin" else open_safetensors(*paths)
 
 
-def _together(opened: Sequence[WeightFile]) -> Weights:
-    tensors = {name: tensor for file in opened for name, tensor in file.tensors.items()}
-    return Weights(tensors, tuple(file.data for file in opened))
+def _together(opened: Iterable[Weights]) -> Weights:
+    tensors: dict[str, LazyTensor] = {}
+    files: tuple[MappedBytes, ...] = ()
+    for part in opened:
+        tensors |= part.tensors
+        files += part.files
+    return Weights(tensors, files)
 
 
 def _indexed(index: Path) -> Weights:
@@ -50,7 +55,7 @@ def _indexed(index: Path) -> Weights:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index} has no object 'weight_map' of file names; download it again")
-    shards: dict[str, WeightFile] = {}
+    shards: dict[str, Weights] = {}
     for file in sorted(set(places.values())):
         held = [name for name in places if places[name] == file]
         if Path(file).name != file:
@@ -61,7 +66,7 @@ def _indexed(index: Path) -> Weights:
                 f"{held[0]!r} among them. Download it again"
             )
         shards[file] = _open([index.parent / file])
-    weights = _together(list(shards.values()))
+    weights = _together(shards.values())
     for name, file in places.items():
         if name not in shards[file].tensors:
             raise CheckpointError(
