@@ -26,6 +26,11 @@ def relate(q: Float32[Tensor, "N E"], k: Float32[Tensor, "N E"], v: Float32[Tens
     return torch.cat([scores(*part) for part in parts])
 
 
+def relations(q: Float32[Tensor, "N E"], k: Float32[Tensor, "N E"]) -> Float32[Tensor, "N E E"]:
+    """A_ij = softmax_j(q_i k_j): how much expert i regards expert j."""
+    return (q[:, :, None] * k[:, None, :]).softmax(dim=-1)
+
+
 def relate_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same as the formula reads."""
     shares = (q[:, :, None] * k[:, None, :]).exp()
@@ -35,7 +40,7 @@ def relate_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _Relate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shares = _shares(q, k)
+        shares = relations(q, k)
         scores = _weighted(shares, v)
         ctx.save_for_backward(q, k, v, shares, scores)
         return scores
@@ -57,12 +62,7 @@ class _Relate(torch.autograd.Function):
 
 
 def _scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _weighted(_shares(q, k), v)
-
-
-def _shares(q: Tensor, k: Tensor) -> Tensor:
-    """A_ij = softmax_j(q_i k_j), [N, E, E]."""
-    return (q[:, :, None] * k[:, None, :]).softmax(dim=-1)
+    return _weighted(relations(q, k), v)
 
 
 def _weighted(shares: Tensor, values: Tensor) -> Tensor:
