@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from yuanmoe.checkpoint.load import load_model
+from yuanmoe.checkpoint.native_config import parse_dtype
 from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.data.chat import Message, encode_chat
 from yuanmoe.data.detokenize import StopStrings, StreamingDetokenizer
@@ -20,10 +21,7 @@ from yuanmoe.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from yuanmoe.engine.generate import FinishReason, Generation, Timing, Token, TokenRouting
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.engine.score import score
-from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Prompt = str | list[int]
 """A text to continue, or token ids."""
@@ -189,16 +187,14 @@ def load(
     """Opens a checkpoint of any format with its tokenizer.
 
     `dtype` is the checkpoint's own unless one is named; `device` is a GPU where there is one. `changes` are those of
-    `load_model`, such as `rope_theta`. Raises UsageError, CheckpointError and TokenizerError.
+    `load_model`, such as `rope_theta`. Raises ConfigError, CheckpointError, ResourceError and TokenizerError.
     """
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
+        dtype = parse_dtype(dtype)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(path)
+    # Looked at before the weights take their time and memory.
     config = open_checkpoint(path).config
-    # Before the weights take their time and memory.
+    tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, config.vocab_size, config.eod_token_id)
     return LanguageModel(load_model(path, dtype=dtype, device=device, **changes), tokenizer)

@@ -151,10 +151,12 @@ class Generation:
         room = context - len(prompt_ids)
         new_tokens = max(room, 1) if params.max_new_tokens is None else params.max_new_tokens
         if new_tokens > room:
-            fewer = f", or ask for at most {room} new ones (max_new_tokens)" if room > 0 else ""
+            excess = new_tokens - room
+            ways = [f"shorten it by {excess} tokens"] if excess < len(prompt_ids) else []
+            ways += [f"ask for at most {room} new ones (max_new_tokens)"] if room > 0 else []
             raise ContextLengthError(
                 f"prompt {index} has {len(prompt_ids)} tokens; with {new_tokens} new ones it exceeds the model's "
-                f"context of {context} (max_position_embeddings); shorten it by {new_tokens - room} tokens{fewer}"
+                f"context of {context} (max_position_embeddings); {', or '.join(ways)}"
             )
         sampler = Sampler(params, prompt_ids, self._vocab_size, self._norm.device)
         return _Sequence(index=index, prompt_ids=prompt_ids, max_new_tokens=new_tokens, sampler=sampler)
