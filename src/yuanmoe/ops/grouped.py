@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from yuanmoe.ops import native
 from yuanmoe.ops.linear import linear, widens
 
 GATHERED_UP_TO_TOKENS = 4
