@@ -34,3 +34,7 @@ class ResourceError(YuanError):
 
 class UsageError(YuanError, ValueError):
     """An argument or a combination of arguments that makes no sense."""
+
+
+class MissingExtraError(YuanError, ImportError):
+    """A part of this package was asked for whose optional dependency is not installed, or too old."""
