@@ -1,7 +1,7 @@
 """Where commands write: people read stderr, programs read stdout, whose last line is one JSON object."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich import box
@@ -14,11 +14,18 @@ def people() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table under its title: the first column is text, the others are numbers on the right."""
+def print_table(
+    console: Console,
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: Collection[int] = (0,),
+) -> None:
+    """A table under its title: text in the columns of `left`, numbers, on the right, in the others."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="left" if index in left else "right")
     for row in rows:
         table.add_row(*row)
     console.print(f"[bold]{title}[/]")

@@ -138,11 +138,11 @@ def favourites(record: LayerRecord, count: int = 6) -> list[list[dict[str, Any]]
 
 
 def _outstanding(observed: Tensor, expected: Tensor, count: int) -> list[tuple[int, float]]:
-    """Places whose numbers exceed chance by the most standard deviations of a chance event, and their ratio to it."""
-    surprise = (observed - expected) / expected.clamp(min=1e-9).sqrt()
+    """Places above chance with the most evidence (their terms of the G-test), and their ratio to chance."""
+    evidence = torch.special.xlogy(observed, observed / expected.clamp(min=1e-9))
     # Seen once is no habit.
-    surprise = surprise.masked_fill(observed < 2, 0)
-    best = surprise.topk(min(count, len(surprise)))
+    evidence = evidence.masked_fill(observed < 2, 0)
+    best = evidence.topk(min(count, len(evidence)))
     ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [(place, (observed[place] / expected[place]).item()) for place, value in ranked if value > 0]
 

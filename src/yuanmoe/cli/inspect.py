@@ -1,0 +1,209 @@
+"""`yuanmoe inspect`: where a text's tokens went in a model, and with `--rope` which RoPE settings its weights want.
+
+Not here: the numbers (`yuanmoe.evals`), tables (`inspect_view.py`).
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from yuanmoe.cli.generate import Device, Dtype, Model, Threads
+from yuanmoe.cli.inspect_view import show_rope, show_routing
+from yuanmoe.cli.output import people, print_result
+from yuanmoe.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from yuanmoe.data.tokenizer import Tokenizer
+    from yuanmoe.lm import LanguageModel
+
+TOKENS = 8192
+"""Read where nothing else is asked for: enough for 500 choices of each of M32's experts."""
+
+
+def inspect(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
+    rope: Annotated[
+        bool, typer.Option("--rope", help="Say which RoPE base and precision of angles these weights want.")
+    ] = False,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens read together; by default the model's longest context.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Read at most so many tokens of the text.")] = TOKENS,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer whose experts are listed; by default the middle one of those with any.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write heat maps of every layer to this file, a page.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
+) -> None:
+    """Read a text with a model and show which experts its tokens went to; with --rope, try RoPE settings on it."""
+    if rope and (html or layer is not None):
+        raise UsageError("--rope has nothing to do with experts: give it without --html and --layer")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UsageError(f"--html {html}: there is no folder {html.absolute().parent}; create it first")
+    ids, lm = _load(model, text, dtype, device, threads)
+    _check_layer(lm, layer)
+    context = context or lm.config.max_position_embeddings
+    read = ids[: tokens + 1]
+    report = {
+        "command": "inspect",
+        "model": str(model),
+        "text": str(text),
+        "context": context,
+        "text_tokens": len(ids) - 1,
+        "tokens": len(read) - 1,
+    }
+    report |= (_try_settings if rope else _follow_tokens)(lm, read, context)
+    if not json_only:
+        show_rope(report) if rope else show_routing(report, layer)
+    if html is not None:
+        _write_page(report, html)
+    for each in report.get("layers", ()):  # Pages hold them; on a terminal they would be thousands of lines.
+        del each["matrices"]
+    print_result(report)
+
+
+def _load(
+    model: Path, text: Path, dtype: str | None, device: str | None, threads: int | None
+) -> tuple[list[int], "LanguageModel"]:
+    """The text as a document, `<eod>` before it, and the model. The text comes first: it costs nothing to refuse."""
+    content = _read_text(text)
+    with people().status(f"loading {escape(str(model))}"):
+        import torch
+
+        from yuanmoe.data.tokenizer import load_tokenizer
+        from yuanmoe.lm import load
+
+        tokenizer = load_tokenizer(model)
+        ids = [tokenizer.eod_id, *tokenizer.encode(content)]
+        if len(ids) < 3:
+            raise UsageError(f"{text} has {len(ids) - 1} tokens; at least 2 are needed, and some hundreds tell more")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return ids, load(model, dtype, device)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; convert it first, "
+            f"for example with iconv -f ISO-8859-1 -t UTF-8"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _check_layer(lm: "LanguageModel", layer: int | None) -> None:
+    layers = [index for index, experts in enumerate(lm.config.experts_per_layer) if experts]
+    if layer is not None and layer not in layers:
+        known = ", ".join(map(str, layers)) or "none"
+        raise UsageError(f"--layer {layer} has no experts; layers that have: {known}")
+
+
+def _try_settings(lm: "LanguageModel", ids: list[int], context: int) -> dict[str, Any]:
+    from yuanmoe.evals.reading import progress
+    from yuanmoe.evals.rope import best_of, difference, judge, losses_by_setting, settings_of
+
+    settings = settings_of(lm.model)
+    with _progress("trying RoPE settings", (len(ids) - 1) * len(settings)) as advance, progress(lm.model, advance):
+        losses = losses_by_setting(lm.model, ids, context, settings)
+    for setting, nats in losses.items():
+        _check_finite(nats, str(setting))
+    best, verdict = best_of(losses), judge(losses)
+    rows = []
+    for setting, nats in losses.items():
+        behind = difference(nats, losses[best])
+        known = math.isfinite(behind.standard_error)
+        rows.append(
+            {"rope_theta": setting.rope_theta, "rope_angles": setting.rope_angles}
+            | _likelihood(nats)
+            | {"behind_best_nats": behind.mean, "standard_error_nats": behind.standard_error if known else None}
+        )
+    return {
+        "configured": {"rope_theta": lm.config.rope_theta, "rope_angles": lm.config.rope_angles},
+        "settings": rows,
+        "verdict": {
+            "rope_theta": verdict.rope_theta,
+            "rope_angles": verdict.rope_angles,
+            "more_tokens": verdict.more_tokens,
+            "text": verdict.text,
+        },
+    }
+
+
+def _follow_tokens(lm: "LanguageModel", ids: list[int], context: int) -> dict[str, Any]:
+    from yuanmoe.evals.reading import losses, progress
+    from yuanmoe.evals.routing import favourites, matrices, recorded, summary
+
+    with (
+        _progress("reading", len(ids) - 1) as advance,
+        progress(lm.model, advance),
+        recorded(lm.model, ids) as records,
+    ):
+        nats = losses(lm.model, ids, context)
+    _check_finite(nats, "this model")
+    size = sum(len(lm.tokenizer.surface(token, before)) for before, token in pairwise(ids))
+    layers = [
+        summary(record) | {"favourites": _spelled(favourites(record), lm.tokenizer), "matrices": matrices(record)}
+        for record in records
+    ]
+    bits_per_byte = nats.double().sum().item() / math.log(2) / max(size, 1)
+    return _likelihood(nats) | {"bytes": size, "bits_per_byte": bits_per_byte, "layers": layers}
+
+
+def _likelihood(nats: "Tensor") -> dict[str, float]:
+    mean = nats.double().mean().item()
+    return {"nats_per_token": mean, "perplexity": math.exp(mean)}
+
+
+def _check_finite(nats: "Tensor", what: str) -> None:
+    missing = int((~nats.isfinite()).sum())
+    if missing:
+        raise CheckpointError(
+            f"{missing:,} of {len(nats):,} tokens have no likelihood under {what}: the weights are damaged "
+            "(see yuanmoe verify), or float16 is too narrow for them (try --dtype float32)"
+        )
+
+
+def _spelled(favourites: list[list[dict[str, Any]]], tokenizer: "Tokenizer") -> list[list[dict[str, Any]]]:
+    return [[token | {"token": tokenizer.token_text(token["token_id"])} for token in mine] for mine in favourites]
+
+
+@contextmanager
+def _progress(what: str, tokens: int) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr; what it gives out takes the number of tokens done since the last call."""
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"))
+    console = people()
+    # Off a terminal a bar that is to vanish would leave an empty line.
+    hidden = not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(what, total=tokens)
+        yield lambda done: bar.advance(task, done)
+
+
+def _write_page(report: dict[str, Any], path: Path) -> None:
+    """Beside and renamed: what was there stays until the new page is whole."""
+    from yuanmoe.evals.page import page
+
+    beside = path.with_name(path.name + ".partial")
+    try:
+        beside.write_text(page(report), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    people().print(f"wrote {escape(str(path))}")
