@@ -10,7 +10,6 @@ Legend: N tokens of the pass, B sequences, S tokens of a sequence, D channels, H
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from yuanmoe.config import Packing
@@ -89,19 +88,3 @@ def documents_of(input_ids: Tensor, eod_token_id: int) -> Tensor:
     """The index of each token's document in its row, [B, S]: `<eod>` is the last token of the document it ends."""
     ends = (input_ids == eod_token_id).long()
     return ends.cumsum(dim=1) - ends
-
-
-def unpad(input_ids: Int[Tensor, "B S"], attention_mask: Shaped[Tensor, "B S"]) -> tuple[Int[Tensor, " N"], list[int]]:
-    """The tokens that are no padding (mask not 0), row by row, and their number in each row; one synchronisation.
-
-    Padding may stand on either side. `Cache.extend` takes the numbers.
-    """
-    kept = attention_mask != 0
-    return input_ids[kept], kept.sum(dim=1).tolist()
-
-
-def pad(values: Float[Tensor, "N D"], attention_mask: Shaped[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
-    """The inverse of `unpad` for what the model computed of its tokens; zero at padding."""
-    padded = values.new_zeros(*attention_mask.shape, values.shape[1])
-    padded[attention_mask != 0] = values
-    return padded
