@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from small_lm import write_lm
-from yuanmoe.cli.answer import Interrupt
+from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.main import main
 from yuanmoe.data.detokenize import StreamingDetokenizer
 
@@ -153,7 +153,7 @@ def test_text_held_back_for_a_stop_string_is_said_after_all(run, checkpoint):
 
 def test_a_second_ctrl_c_does_not_wait():
     with Interrupt() as interrupt:
-        interrupt.speaking = True
+        interrupt.graceful = True
         signal.raise_signal(signal.SIGINT)
         assert interrupt.requested
         with pytest.raises(KeyboardInterrupt):

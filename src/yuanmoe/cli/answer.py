@@ -3,12 +3,11 @@
 Not here: what is asked (`generate.py`, `conversation.py`), colours (`experts.py`).
 """
 
-import signal
 import sys
 from collections.abc import Callable
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
+from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.output import people
 from yuanmoe.plan import cost
 from yuanmoe.plan.machine import measure_bandwidth
@@ -25,38 +24,13 @@ _CONTROLS = {code: f"^{chr(code ^ 64)}" for code in (*range(32), 127) if chr(cod
 _CONTROLS |= {code: f"\\x{code:02x}" for code in range(128, 160)}
 
 
-class Interrupt:
-    """Ctrl-C while a model speaks: the first lets the token at hand be finished, so that nothing said is lost.
-
-    Before the model speaks, and the second time, it is the usual KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.speaking = False
-        self.requested = False
-
-    def __enter__(self) -> "Interrupt":
-        self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.requested or not self.speaking:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 def speak(stream: "Stream", write: Callable[[str], None]) -> bool:
     """Writes an answer as it comes, and what was held back at its end; whether it was all, and not cut by Ctrl-C."""
     try:
         with people().status("reading the prompt") as status, Interrupt() as interrupt:
             for piece in stream:
                 status.stop()
-                interrupt.speaking = True
+                interrupt.graceful = True
                 write(piece)
                 if interrupt.requested:
                     break
@@ -75,7 +49,12 @@ def write(text: str) -> None:
 
 def visible(text: str) -> str:
     """The text with control characters spelled out, where stdout is a terminal that would obey them."""
-    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
+    return spelled_out(text) if sys.stdout.isatty() else text
+
+
+def spelled_out(text: str) -> str:
+    """The text with control characters, but newlines and tabs, as `^[` and the like."""
+    return text.translate(_CONTROLS)
 
 
 def emit(text: str) -> None:
