@@ -102,8 +102,8 @@ def mixtral_steps(peer: Any, prompt: torch.Tensor) -> tuple[Callable[[], None], 
         peer(prompt[None], past_key_values=DynamicCache(), logits_to_keep=1)
 
     def decode() -> None:
-        past.crop(len(prompt))
         peer(prompt[None, :1], past_key_values=past, logits_to_keep=1)
+        past.crop(-1)
 
     return prefill, decode
 
