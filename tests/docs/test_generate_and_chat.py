@@ -196,7 +196,8 @@ def test_a_question_asked_again_is_answered_anew_in_the_same_place(run, tmp_path
 def test_a_full_context_is_told_with_the_way_out(run, tmp_path):
     small = write_lm(tmp_path, max_position_embeddings=24)
     script = f"{'x ' * 50}\nhi\nmore and more\n/reset\nhi\n"
-    code, out, err = run("chat", "--temperature", 0, stdin=script.encode(), model=tmp_path)
+    options = ("--temperature", 0, "--max-new-tokens", 100)
+    code, out, err = run("chat", *options, stdin=script.encode(), model=tmp_path)
     answer_of_hi = small.chat(ask("hi")).text
     assert (code, out) == (1, f"{answer_of_hi}\n{answer_of_hi}\n")
     assert err.count("the model's context of 24 tokens is full; start anew with /reset") == 2

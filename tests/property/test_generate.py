@@ -96,6 +96,8 @@ def test_a_sequence_stopped_from_outside_says_nothing_more(routing):
         if len(said[0]) == 2:
             generation.stop(0)
     assert said == [ids(free[0])[:2], ids(free[1])]
+    # The first tokens are prefill's; with routing the next token was chosen already when one is shown.
+    assert generation.timing.decode_tokens == 2 + NEW_TOKENS - 2 + routing
 
 
 def test_routing_is_that_of_each_token_as_it_passed():

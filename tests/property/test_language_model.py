@@ -14,6 +14,7 @@ import yuanmoe
 from small_lm import lm_config, small_lm, write_lm
 from small_models import random_model
 from small_tokenizers import bpe
+from yuanmoe.data.detokenize import StreamingDetokenizer
 from yuanmoe.errors import CheckpointError, ConfigError, ContextLengthError, TokenizerError, UsageError
 from yuanmoe.lm import LanguageModel
 
@@ -46,6 +47,17 @@ def test_pieces_are_the_text_and_the_text_is_what_the_tokens_say(lm):
     assert completion.prompt_tokens == len(lm.tokenizer.encode("def add("))
     assert completion.timing.prefill_tokens == completion.prompt_tokens
     assert completion.finish_reason == "length"
+
+
+def test_a_character_cut_in_two_is_marked(lm):
+    characters = StreamingDetokenizer(lm.tokenizer, skip_special=True)
+    whole = ""
+    for length, token_id in enumerate(ids := lm.generate("def add(", **WARM).ids, start=1):
+        whole += characters.push(token_id)
+        if (text := lm.tokenizer.decode(ids[:length], skip_special=True)) != whole:
+            break
+    assert text == whole + "\ufffd"
+    assert lm.generate("def add(", **WARM | {"max_new_tokens": length}).text == text
 
 
 @settings(max_examples=8)

@@ -86,6 +86,13 @@ def test_top_p_keeps_the_likeliest_that_reach_p_and_their_ties(looked_at_first, 
         assert kept(keep_top_p(scores, limits)) == [naive_top_p(*pair) for pair in pairs]
 
 
+def test_top_p_stops_where_p_is_reached_and_not_after():
+    scores = torch.tensor([[math.log(2), 0.0, 0.0]])
+    assert scores.softmax(dim=-1)[0, 0] == 0.5
+    assert kept(keep_top_p(scores, [0.5])) == [{0}]
+    assert kept(keep_top_p(scores, [0.5001])) == [{0, 1, 2}]
+
+
 @settings(max_examples=60)
 @given(rows=rows_with(st.sampled_from([0.0, 0.01, 0.2, 0.7, 1.0])))
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(rows):
