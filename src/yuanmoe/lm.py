@@ -15,6 +15,7 @@ import torch
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.checkpoint.native_config import parse_dtype
 from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.config import ModelConfig
 from yuanmoe.data.chat import Message, encode_chat
 from yuanmoe.data.detokenize import StopStrings, StreamingDetokenizer
 from yuanmoe.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
@@ -41,7 +42,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     """`stop`: a stop token or string; `length`: max_new_tokens or the context; None: not finished."""
     routings: list[TokenRouting | None] = field(default_factory=list)
-    """Of each token, if asked for; None for the last one, which no pass reads."""
+    """Of each token as it passed the layers; None where it was not asked for, and for the last, which no pass reads."""
     timing: Timing = field(default_factory=Timing)
     """Of the whole batch that the prompt was in."""
 
@@ -111,8 +112,11 @@ class LanguageModel:
         """Raises TokenizerError when the tokenizer does not belong to the model."""
         check_tokenizer(tokenizer, model.config.vocab_size, model.config.eod_token_id)
         self.model = model
-        self.config = model.config
         self.tokenizer = tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
 
     def generate(
         self, prompt: Prompt, *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any

@@ -101,7 +101,7 @@ def test_the_end_of_a_document_stops_by_default():
     lm = LanguageModel(model, bpe())
     with torch.no_grad():  # Every score is 0, and of equals the lowest id is taken: `<eod>`.
         model.model.norm.weight.zero_()
-    completion = lm.generate("def", temperature=0)
+    completion = lm.generate("def")
     assert (completion.ids, completion.text, completion.finish_reason) == ([lm.tokenizer.eod_id], "", "stop")
     assert len(lm.generate("def", stop_ids=(), max_new_tokens=5).ids) == 5
 

@@ -74,7 +74,7 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def _require(name: str, value: float, holds: bool, wanted: str) -> None:
+def _require(name: str, value: object, holds: bool, wanted: str) -> None:
     if not holds:
         raise UsageError(f"{name} is {value}; it must be {wanted}")
 
