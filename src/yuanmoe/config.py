@@ -263,15 +263,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "nano": _OWN_TOKENS
     | {
-        "vocab_size": 4096,
-        "hidden_size": 192,
-        "num_hidden_layers": 4,
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "head_dim": 96,
+        "head_dim": 32,
         "num_experts": 32,
-        "moe_intermediate_size": 256,
+        "moe_intermediate_size": 128,
         "partial_rotary_factor": 0.5,
-        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
     },
 }
 

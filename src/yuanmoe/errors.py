@@ -24,6 +24,10 @@ class TokenizerError(YuanError):
     """A tokenizer that is missing, damaged, or does not belong to the model."""
 
 
+class DataError(YuanError):
+    """Training data that is missing, damaged, or too little for what was asked."""
+
+
 class ContextLengthError(YuanError, ValueError):
     """More tokens than the model's context holds."""
 

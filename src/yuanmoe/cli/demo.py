@@ -1,0 +1,92 @@
+"""`yuanmoe demo`: from the Python standard library to a small Yuan MoE that completes code, on this machine alone.
+
+Its stages are kept in one folder and not done twice. Not here: what they do (`demo_stages.py`), how completions and
+their experts look (`showcase.py`).
+"""
+
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from yuanmoe.cli.demo_stages import Work, works
+from yuanmoe.cli.output import people, print_result
+from yuanmoe.cli.stages import Stage, Stages
+from yuanmoe.plan.sizes import parse_size
+from yuanmoe.train.recipe import nano
+
+PROMPTS = ("def read_lines(path):\n    ", "class Stack:\n    def __init__(self", "import os\n\nfor name in ")
+SAMPLING = {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 0}
+
+SPIN = ("GOMP_SPINCOUNT", "100")
+"""How long threads of torch's OpenMP spin before they sleep. By default they spin for good, and whenever another
+program takes one of the cores, the rest wait for it at full speed: a training step then took 20 times as long."""
+
+
+def demo(
+    seconds: Annotated[float, typer.Option(help="Time to train the model in.")] = 120.0,
+    out: Annotated[Path, typer.Option(help="Folder for everything that it makes.")] = Path("demo"),
+    corpus_size: Annotated[
+        str | None, typer.Option(help="At most so much of the standard library, such as 2MB.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the model's start and the order of its text.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do everything again.")] = False,
+) -> None:
+    """Train a small Yuan MoE on Python's standard library, here and now, and let it complete code.
+
+    What an earlier run finished is reused. Ctrl-C ends the training early and goes on with what was learned.
+    """
+    os.environ.setdefault(*SPIN)  # read when torch is imported
+    recipe = nano(max_seconds=seconds, seed=seed)
+    max_bytes = None if corpus_size is None else parse_size(corpus_size)
+    console = people()
+    console.print("[bold]A small Yuan MoE, from the Python on this machine to code completion[/]\n")
+    stages = Stages(out, fresh=fresh)
+    done = {work.name: _run(stages, work, out, console) for work in works(out, recipe, max_bytes, console)}
+    with console.status("completing code"):
+        from yuanmoe.cli.showcase import as_json, show_completions
+        from yuanmoe.lm import load
+
+        lm = load(out / "model", device="cpu")
+        completions = lm.generate_batch(PROMPTS, routing=True, **SAMPLING)
+    show_completions(console, lm, PROMPTS, completions)
+    _say_next(console, out)
+    result = {"command": "demo", "out": str(out), "reused": [name for name, stage in done.items() if stage.reused]}
+    found = {name: stage.summary for name, stage in done.items()}
+    print_result(result | found | {"completions": as_json(lm, PROMPTS, completions)})
+
+
+def _run(stages: Stages, work: Work, out: Path, console: Console) -> Stage:
+    """One stage, and a line about it when it is done."""
+    start = time.monotonic()
+    with console.status(work.doing) if work.doing else nullcontext():
+        stage = stages.run(work.name, work.settings, [out / output for output in work.outputs], work.do)
+    taken = "kept" if stage.reused else f"{time.monotonic() - start:.1f} s"
+    console.print(f"  {work.name:<9}  {work.line(stage.summary)} [dim]({taken})[/]", soft_wrap=True)
+    return stage
+
+
+def _say_next(console: Console, out: Path) -> None:
+    """Three commands that work from here."""
+    program, model = _program(), out / "model"
+    console.print("\n[bold]Next[/]")
+    for arguments in (
+        f'generate --model {model} "def main():" --show-experts',
+        f"inspect --model {model} --text {os.__file__} --html {out / 'experts.html'}",
+        "plan M32 --bits 4 --ram 24GiB",
+    ):
+        console.print(f"  {program} {arguments}", soft_wrap=True, markup=False)
+
+
+def _program() -> str:
+    """This program as it can be called from here."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{Path(sys.executable).name} -m yuanmoe"
+    beside = os.path.relpath(called)
+    return beside if len(beside) < len(str(called)) else str(called)

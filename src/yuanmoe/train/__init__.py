@@ -1,0 +1,1 @@
+"""Training: a recipe, its optimizer and schedule, one step, and the loop around it."""
