@@ -23,10 +23,6 @@ from yuanmoe.train.recipe import nano
 PROMPTS = ("def read_lines(path):\n    ", "class Stack:\n    def __init__(self", "import os\n\nfor name in ")
 SAMPLING = {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 0}
 
-SPIN = ("GOMP_SPINCOUNT", "100")
-"""How long threads of torch's OpenMP spin before they sleep. By default they spin for good, and whenever another
-program takes one of the cores, the rest wait for it at full speed: a training step then took 20 times as long."""
-
 
 def demo(
     seconds: Annotated[float, typer.Option(help="Time to train the model in.")] = 120.0,
@@ -41,7 +37,6 @@ def demo(
 
     What an earlier run finished is reused. Ctrl-C ends the training early and goes on with what was learned.
     """
-    os.environ.setdefault(*SPIN)  # read when torch is imported
     recipe = nano(max_seconds=seconds, seed=seed)
     max_bytes = None if corpus_size is None else parse_size(corpus_size)
     console = people()
@@ -76,7 +71,7 @@ def _say_next(console: Console, out: Path) -> None:
     program, model = _program(), out / "model"
     console.print("\n[bold]Next[/]")
     for arguments in (
-        f'generate --model {model} "def main():" --show-experts',
+        f'generate --model {model} "def main():" --temperature 0.5 --show-experts',
         f"inspect --model {model} --text {os.__file__} --html {out / 'experts.html'}",
         "plan M32 --bits 4 --ram 24GiB",
     ):

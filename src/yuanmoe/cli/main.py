@@ -102,7 +102,7 @@ for _name, (_, _help_line) in COMMANDS.items():
 
 def main() -> None:
     """Entry point of the `yuanmoe` script."""
-    # Threads that spin while they wait for one another stop each other where other programs use the cores too: small
-    # products with two threads then ran 3 to 12 times slower. Read when torch loads its threads, so set before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # By default threads of torch's OpenMP spin while they wait for one another, and stop each other where another
+    # program takes a core: a training step then took 20 times as long. Read when torch loads, so set before.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100")
     app(prog_name="yuanmoe")

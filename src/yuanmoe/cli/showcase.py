@@ -37,19 +37,18 @@ def coloured_tokens(lm: LanguageModel, prompt: str, completion: Completion, plac
     return text
 
 
-def load_table(lm: LanguageModel, load: Sequence[Counter[int]], place: int) -> Text:
-    """On how many tokens each expert worked: a row a layer, the one at `place` in colour."""
-    experts = range(max(lm.config.experts_per_layer))
-    table = Text.assemble(
-        ("Tokens that each expert worked on", "bold"), f"; the colours above are those of layer {place}\n"
-    )
-    table.append("expert   " + "".join(f"{expert % 100:>2} " for expert in experts), "dim")
-    for row, (layer, counts) in enumerate(zip(expert_layers(lm.config), load, strict=True)):
+def load_table(lm: LanguageModel, layer_loads: Sequence[Counter[int]], place: int) -> Text:
+    """On what share of the tokens each expert worked: a row for each layer, the one at `place` in colour."""
+    experts, layers = range(max(lm.config.experts_per_layer)), expert_layers(lm.config)
+    table = Text.assemble(("Each expert's share of these tokens, in %", "bold"), f"; colours: layer {layers[place]}\n")
+    table.append("expert   " + " ".join(f"{expert % 100:>2}" for expert in experts), "dim")
+    for row, (layer, load) in enumerate(zip(layers, layer_loads, strict=True)):
         table.append(f"\nlayer {layer:<3}")
+        tokens = load.total() / lm.config.num_experts_per_tok
         for expert in experts:
-            count = counts[expert]
+            share = min(99, round(100 * load[expert] / tokens)) if tokens else 0
             style = f"black on color({colour(expert)})" if row == place else ""
-            table.append(f"{min(count, 99):>2}" if count else " .", style if count else "dim").append(" ")
+            table.append(f"{share:>2}" if load[expert] else " .", style if load[expert] else "dim").append(" ")
     return table
 
 
