@@ -18,7 +18,7 @@ from yuanmoe.data.detokenize import StreamingDetokenizer
 from yuanmoe.errors import CheckpointError, ConfigError, ContextLengthError, TokenizerError, UsageError
 from yuanmoe.lm import LanguageModel
 
-WARM = {"temperature": 1.5, "seed": 7, "max_new_tokens": 30}
+WARM = {"temperature": 1.5, "seed": 7, "max_new_tokens": 24}
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def test_pieces_are_the_text_and_the_text_is_what_the_tokens_say(lm):
     pieces = list(stream)
     completion = stream.completion
     assert "".join(pieces) == completion.text == lm.tokenizer.decode(completion.ids, skip_special=True)
-    assert len(completion.ids) == len(completion.logprobs) == 30
+    assert len(completion.ids) == len(completion.logprobs) == 24
     assert completion.prompt_tokens == len(lm.tokenizer.encode("def add("))
     assert completion.timing.prefill_tokens == completion.prompt_tokens
     assert completion.finish_reason == "length"
@@ -60,7 +60,7 @@ def test_a_character_cut_in_two_is_marked(lm):
     assert lm.generate("def add(", **WARM | {"max_new_tokens": length}).text == text
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(prompts=st.lists(st.sampled_from(["", "def", "写一篇", "a<sep>b", "for number in"]), min_size=1, max_size=3))
 def test_a_batch_says_what_each_prompt_would_alone(prompts):
     lm = shared_lm()
@@ -71,11 +71,15 @@ def test_a_batch_says_what_each_prompt_would_alone(prompts):
         assert completion.finish_reason == alone.finish_reason
 
 
-@settings(max_examples=12)
+@functools.cache
+def free_answer():
+    return shared_lm().generate("def add(", **WARM)
+
+
+@settings(max_examples=10)
 @given(data=st.data())
 def test_a_stop_string_ends_the_text_before_it_and_the_work_with_it(data):
-    lm = shared_lm()
-    free = lm.generate("def add(", **WARM)
+    lm, free = shared_lm(), free_answer()
     start = data.draw(st.integers(0, len(free.text) - 1))
     stop = free.text[start : start + data.draw(st.integers(1, 4))]
     stream = lm.stream("def add(", stop=[stop], **WARM)
