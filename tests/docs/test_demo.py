@@ -1,75 +1,91 @@
-"""`yuanmoe demo` as a user runs it, in seconds instead of minutes: every stage, a second run, Ctrl-C."""
+"""`yuanmoe demo` as people run it: every stage, a second run that reuses them, and the commands that it names."""
 
 import json
-import re
-import signal
+import os
+import shlex
 import subprocess
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-SMALL = ("--corpus-size", "300kB")
+import yuanmoe
+from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.runs import read_metrics
+
+SMALL = ("--corpus-size", "400KB")
+STAGES = ["corpus", "tokenizer", "tokens", "model"]
 
 
-def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "yuanmoe", "demo", "--out", str(out), *SMALL, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def run(*command, cwd):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True, timeout=300)
 
 
-def run(out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
-    process = start(out, *arguments)
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr
-    return stderr, json.loads(stdout.splitlines()[-1])
+def demo(folder, *options):
+    """What people saw, and the JSON of the last line."""
+    done = run(sys.executable, "-m", "yuanmoe", "demo", *SMALL, *options, cwd=folder)
+    return done.stderr, json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("demo") / "out"
-    return out, *run(out, "--seconds", "3")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, *demo(folder, "--seconds", "3")
 
 
-def test_a_first_run_does_every_stage_and_says_what_to_try(made: tuple[Path, str, dict[str, Any]]) -> None:
-    out, said, result = made
+def test_a_demo_goes_through_every_stage(first):
+    folder, seen, result = first
+    assert [line.split()[0] for line in seen.splitlines() if line.startswith("  ") and line.split()[0] in STAGES] == [
+        *STAGES,
+        "model",
+    ]
     assert result["reused"] == []
-    assert result["model"]["tokens"] > 0
-    assert 0 < result["model"]["heldout_bits_per_byte"] < 8
+    assert result["corpus"]["text_bytes"] <= 400_000
+    assert result["tokens"]["train"]["vocab_size"] == result["tokenizer"]["vocab_size"] <= 2048
+    trained = result["model"]
+    assert 3 <= trained["seconds"] < 60
+    assert not trained["interrupted"]
+    assert 0 < trained["heldout_bits_per_byte"] < 4
+    assert trained["flops_per_s"] > 0
+    lines = read_metrics(folder / "demo" / "run")
+    assert lines[-1]["step"] == trained["steps"] == len(lines)
+    assert lines[-1]["heldout_bits_per_byte"] > 0
+
+
+def test_the_model_is_saved_in_the_official_layout(first):
+    folder, _, _ = first
+    checkpoint = open_checkpoint(folder / "demo" / "model")
+    assert checkpoint.format == "official"
+    assert checkpoint.config.num_experts == 32
+    text = yuanmoe.load(folder / "demo" / "model").generate("def ", max_new_tokens=4).text
+    assert text
+
+
+def test_completions_show_their_experts(first):
+    _, seen, result = first
     assert len(result["completions"]) == 3
-    config = json.loads((out / "model" / "config.json").read_text())
-    assert config["model_type"] == "yuan"
-    assert config["moe_config"]["moe_num_experts"] == 32
-    assert (out / "model" / "tokenizer.json").is_file()
-    commands = said.split("Next")[1]
-    assert re.findall(r"yuanmoe (\w+)", commands) == ["generate", "inspect", "plan"]
+    for completion in result["completions"]:
+        assert completion["prompt"] in seen
+        counts = [sum(layer.values()) for layer in completion["tokens_by_expert"]]
+        assert len(set(counts)) == 1
+        assert counts[0] > 0
+    assert seen.count("\nlayer ") == len(counts)
 
 
-def test_a_second_run_reuses_what_is_there(made: tuple[Path, str, dict[str, Any]]) -> None:
-    out, _, first = made
-    _, second = run(out, "--seconds", "3")
-    assert second["reused"] == ["corpus", "tokenizer", "tokens", "model"]
-    assert second["completions"] == first["completions"]
+def test_a_second_run_reuses_everything_and_a_changed_setting_only_what_is_before_it(first):
+    folder, _, result = first
+    again = demo(folder, "--seconds", "3")[1]
+    assert again == result | {"reused": STAGES}
+    changed = demo(folder, "--seconds", "1")[1]
+    assert changed["reused"] == STAGES[:3]
+    assert changed["tokens"] == result["tokens"]
 
 
-def test_a_changed_setting_redoes_what_depends_on_it(made: tuple[Path, str, dict[str, Any]]) -> None:
-    out, *_ = made
-    _, again = run(out, "--seconds", "2")
-    assert again["reused"] == ["corpus", "tokenizer", "tokens"]
-
-
-def test_ctrl_c_ends_training_early_and_goes_on(tmp_path: Path) -> None:
-    process = start(tmp_path / "out", "--seconds", "300")
-    metrics = tmp_path / "out" / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "training did not begin"
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    result = json.loads(stdout.splitlines()[-1])
-    assert result["model"]["interrupted"]
-    assert len(result["completions"]) == 3
+def test_the_commands_it_names_work(first):
+    folder, seen, _ = first
+    commands = [shlex.split(line) for line in seen.split("Next\n")[1].splitlines()]
+    assert [command[3] for command in commands] == ["generate", "inspect", "plan"]
+    for interpreter, *arguments in commands:
+        assert interpreter == os.path.basename(sys.executable)
+        assert run(sys.executable, *arguments, cwd=folder).stdout
+    assert (folder / "demo" / "experts.html").is_file()

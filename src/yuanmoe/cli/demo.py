@@ -25,7 +25,7 @@ SAMPLING = {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "repetition_
 
 
 def demo(
-    seconds: Annotated[float, typer.Option(help="Time to train the model in.")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Time to train the model in.")] = 120.0,
     out: Annotated[Path, typer.Option(help="Folder for everything that it makes.")] = Path("demo"),
     corpus_size: Annotated[
         str | None, typer.Option(help="At most so much of the standard library, such as 2MB.")
