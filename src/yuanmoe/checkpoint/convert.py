@@ -8,6 +8,7 @@ from typing import Literal, Unpack, get_args
 
 import torch
 
+from yuanmoe.checkpoint.folder import check_apart
 from yuanmoe.checkpoint.save import save_native, save_official
 from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.checkpoint.writer import WriteOptions, Written
@@ -33,9 +34,7 @@ def convert(
     """
     if to not in get_args(Target):
         raise UsageError(f"cannot convert to {to!r}; known: {', '.join(get_args(Target))}")
-    src_path, dst_path = Path(src).resolve(), Path(dst).resolve()
-    if src_path == dst_path or dst_path in src_path.parents:
-        raise UsageError(f"the source {src} is or lies in the destination {dst}; name another destination")
+    check_apart(src, dst)
     source = open_checkpoint(src, ignore_unknown=ignore_unknown)
     config = source.config if rope_theta is None else source.config.replace(rope_theta=rope_theta)
     save = save_native if to == "native" else save_official

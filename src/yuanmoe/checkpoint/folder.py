@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from yuanmoe.errors import CheckpointError, ResourceError
+from yuanmoe.errors import CheckpointError, ResourceError, UsageError
 from yuanmoe.plan.sizes import format_size
 
 _CONTENT = "checkpoint"
@@ -44,6 +44,13 @@ def new_folder(dst: Path, *, overwrite: bool) -> Iterator[Path]:
             _publish(partial, dst)
         finally:
             os.close(descriptor)
+
+
+def check_apart(src: Path | str, dst: Path | str) -> None:
+    """Raises UsageError where writing `dst` would replace what is read from `src`."""
+    source, target = Path(src).resolve(), Path(dst).resolve()
+    if source == target or target in source.parents:
+        raise UsageError(f"the source {src} is or lies in the destination {dst}; name another destination")
 
 
 def check_free_disk(folder: Path, needed: int) -> None:

@@ -46,6 +46,19 @@ class PackedTensor(LazyTensor):
             block.copy_(_dequantized(unpack(qweight[:, some], self.bits), zeros[some], scales[some], groups))
         return rows.view(-1)[start - first * inputs : stop - first * inputs]
 
+    def symmetric_group_size(self) -> int | None:
+        """Inputs of a group, where groups are equal runs and every zero is the middle code; else None."""
+        # Stored minus one, so two nibbles of 7 or a byte of 127.
+        zeros = self.qzeros.read().contiguous().view(torch.uint8)
+        symmetric = bool((zeros == (0x77 if self.bits == 4 else 0x7F)).all())
+        plain = symmetric and self.bits in (4, 8) and self._groups() is None
+        return self.shape[1] // self.scales.shape[0] if plain else None
+
+    def signed(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The codes int8 [rows, I] and scales [rows, groups] of some rows, where there is a symmetric group size."""
+        codes = unpack(self.qweight.read()[:, first:last], self.bits)
+        return (codes.int() - 2 ** (self.bits - 1)).to(torch.int8), self.scales.read().T[first:last].contiguous()
+
     def _groups(self) -> Tensor | None:
         """The group of each input; None where groups are equal runs of inputs, as in every released file."""
         groups, count = self.g_idx.read().long(), self.scales.shape[0]

@@ -16,7 +16,7 @@ from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, check_tensors, layout, t
 from yuanmoe.checkpoint.native_config import Origin, native_config
 from yuanmoe.checkpoint.official_config import official_config
 from yuanmoe.checkpoint.store import Source
-from yuanmoe.checkpoint.writer import Contents, WriteOptions, Written, write_checkpoint
+from yuanmoe.checkpoint.writer import Contents, Facts, WriteOptions, Written, nothing, write_checkpoint
 from yuanmoe.config import ModelConfig
 
 Weights = Source | Mapping[str, Tensor]
@@ -52,7 +52,7 @@ def save_native(
     """
     tensors = _native(weights, config, dtype)
     described = native_config(config, main_dtype(tensors), _origin(weights, origin))
-    return write_checkpoint(dst, _contents(weights, tensors, described, companions), **options)
+    return write_checkpoint(dst, contents_of(weights, tensors, described, companions), **options)
 
 
 def save_official(
@@ -72,7 +72,7 @@ def save_official(
     if config.tie_word_embeddings and origin.head_stored:
         tensors[HEAD] = tensors[EMBEDDING]
     described = official_config(config, main_dtype(native), origin.config, head_stored=origin.head_stored)
-    return write_checkpoint(dst, _contents(weights, tensors, described, companions), **options)
+    return write_checkpoint(dst, contents_of(weights, tensors, described, companions), **options)
 
 
 def _native(weights: Weights, config: ModelConfig, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
@@ -90,9 +90,14 @@ def _origin(weights: Weights, origin: Origin | None) -> Origin:
     return origin or (weights.origin if isinstance(weights, Source) else Origin())
 
 
-def _contents(
-    weights: Weights, tensors: Mapping[str, LazyTensor], described: Mapping[str, Any], companions: Path | None
+def contents_of(
+    weights: Weights,
+    tensors: Mapping[str, LazyTensor],
+    described: Mapping[str, Any],
+    companions: Path | None = None,
+    facts: Facts = nothing,
 ) -> Contents:
+    """A directory of `tensors` that come from `weights`, under config.json `described`."""
     source = weights if isinstance(weights, Source) else None
     folder = companions or (source.path if source else None)
     copies = [folder / name for name in COMPANIONS if (folder / name).is_file()] if folder else []
@@ -104,4 +109,5 @@ def _contents(
         copies=copies,
         fingerprint=source.fingerprint(),
         release=source.release,
+        facts=facts,
     )

@@ -2,7 +2,7 @@
 
 | directory | how it is told |
 |---|---|
-| native | config.json says `"format": "yuanmoe"` |
+| native, quantized or not | config.json says `"format": "yuanmoe"` |
 | Megatron | latest_checkpointed_iteration.txt, `iter_*` or `mp_rank_*` |
 | GPTQ | quantization_config in config.json, or quantize_config.json |
 | official, dense and MoE | config.json and weights |
@@ -26,11 +26,13 @@ from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, Weights, main_dtyp
 from yuanmoe.checkpoint.mapped import MappedBytes
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, check_tensors, layout, to_native
 from yuanmoe.checkpoint.megatron import is_megatron, megatron_fields, open_megatron
-from yuanmoe.checkpoint.native_config import FORMAT, Origin, read_native_config
+from yuanmoe.checkpoint.native_config import FORMAT, Origin, parse_dtype, read_native_config
 from yuanmoe.checkpoint.official_config import official_fields
+from yuanmoe.checkpoint.packed_weight import packed_formats, packed_weights, read_record
 from yuanmoe.checkpoint.shards import open_weights
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, ConfigError
+from yuanmoe.plan.cost import Precision
 
 Format = Literal["native", "official", "gptq", "megatron"]
 
@@ -47,6 +49,8 @@ class Source:
     """The same under the names of the layout that it is stored in; packed ones (`gptq.PackedTensor`) with codes."""
     origin: Origin
     files: tuple[MappedBytes, ...]
+    precision: Precision | None = None
+    """Of our quantized weights, which are `packed_weight.PackedWeight`s; None where every tensor is stored whole."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,15 +112,21 @@ def _open_native(path: Path, values: Mapping[str, Any]) -> Source:
     weights = open_weights(path)
     _check_counts(path, values.get("model"), weights.tensors)
     config, origin = read_native_config(path / "config.json", values)
-    check_tensors(path, layout(config).native, weights.tensors)
+    tensors, precision = weights.tensors, None
+    if "quantization" in values:
+        precision = read_record(path / "config.json", values["quantization"])
+        dtype = parse_dtype(str(values.get("dtype")))
+        tensors = packed_weights(path, packed_formats(config, precision), tensors, dtype)
+    check_tensors(path, layout(config).native, tensors)
     return Source(
         path=path,
         format="native",
         config=config,
-        tensors=weights.tensors,
+        tensors=tensors,
         stored=weights.tensors,
         origin=origin,
         files=weights.files,
+        precision=precision,
     )
 
 

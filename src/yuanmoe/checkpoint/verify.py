@@ -52,5 +52,5 @@ def verify(
                 f"{path / name} is damaged: its sha256 is {found.hexdigest()}, {MANIFEST} says {entry['sha256']}; "
                 "copy it again, or convert again"
             )
-    nbytes = sum(tensor.nbytes for tensor in source.tensors.values())
+    nbytes = sum(tensor.nbytes for tensor in source.stored.values())
     return Verified(path=path, format=source.format, tensors=len(source.tensors), nbytes=nbytes, hashed_bytes=done)

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -30,8 +30,17 @@ _SMALL_FILES_BYTES = 16 << 20
 """Room for config.json, the index, the manifest and headers; M32's have 1 MB."""
 
 
+Facts = Callable[[Iterable[str]], Mapping[str, Any]]
+"""What is worth remembering of tensors that were just written, by name."""
+
+
 def silent(*_: object) -> None:
     """Hears, and does nothing."""
+
+
+def nothing(names: Iterable[str]) -> Mapping[str, Any]:  # noqa: ARG001
+    """Of any tensors, no facts."""
+    return {}
 
 
 class WriteOptions(TypedDict, total=False):
@@ -57,7 +66,9 @@ class Contents:
     fingerprint: str = ""
     """Of where the tensors come from; only the same one resumes, and without one nothing does."""
     release: Callable[[], None] = silent
-    """Gives back the memory of what was read; called after every tensor."""
+    """Gives back the memory of what was read; called after every block."""
+    facts: Facts = nothing
+    """Asked after each shard; the manifest keeps them with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +80,8 @@ class Written:
     nbytes: int
     shards: int
     resumed_shards: int
+    facts: Mapping[str, Any]
+    """Of all tensors, those of earlier runs included."""
 
 
 def write_checkpoint(
@@ -103,13 +116,22 @@ def write_checkpoint(
 
         for name, tensors in missing.items():
             digest = write_safetensors(folder / name, tensors, on_bytes=written)
-            manifest.shards[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
+            entry: dict[str, Any] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
+            facts = contents.facts(tensors)
+            manifest.shards[name] = entry | {"facts": facts} if facts else entry
             manifest.write(folder)
         _write_small_files(folder, contents, shards, total)
         # Without the fingerprint nothing resumes from it: should a process be killed while it exchanges the finished
         # folder for an older one, the next one finds the older one in its place.
         Manifest(fingerprint="", shards=manifest.shards).write(folder)
-    return Written(path=dst, tensors=len(contents.tensors), nbytes=total, shards=len(shards), resumed_shards=resumed)
+    return Written(
+        path=dst,
+        tensors=len(contents.tensors),
+        nbytes=total,
+        shards=len(shards),
+        resumed_shards=resumed,
+        facts={name: fact for entry in manifest.shards.values() for name, fact in entry.get("facts", {}).items()},
+    )
 
 
 def _plan(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> dict[str, dict[str, LazyTensor]]:

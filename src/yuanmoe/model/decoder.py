@@ -37,7 +37,14 @@ class DecoderLayer(nn.Module):
         self.mlp = _feed_forward(config, layer_idx)
 
     def forward(self, x: Tensor, sequences: Sequences, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Routing | None]:
-        x = x + self.self_attn(self.input_layernorm(x), sequences, rotary)
+        return self.feed_forward(self.attend(x, sequences, rotary))
+
+    def attend(self, x: Tensor, sequences: Sequences, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """The first half, in which tokens meet."""
+        return x + self.self_attn(self.input_layernorm(x), sequences, rotary)
+
+    def feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        """The second half, each token by itself."""
         y = self.mlp(self.post_attention_layernorm(x))
         y, routing = y if isinstance(y, tuple) else (y, None)
         return x + y, routing
@@ -76,8 +83,12 @@ class Decoder(nn.Module):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The cosines and sines of these positions under this model's RoPE base and precision."""
-        config = self.config
-        return rotary_tables(positions, config.rotary_dim, config.rope_theta, config.rope_angles)
+        return rotary_of(self.config, positions)
+
+
+def rotary_of(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosines and sines of `positions` as `config` wants them."""
+    return rotary_tables(positions, config.rotary_dim, config.rope_theta, config.rope_angles)
 
 
 class Output(NamedTuple):

@@ -45,7 +45,7 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.router = router
-        self.experts = experts
+        self.experts: nn.Module = experts
         self.shared_experts = shared_experts
 
     def forward(self, x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Routing]:
