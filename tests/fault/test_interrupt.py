@@ -1,5 +1,6 @@
 """Ctrl-C in the middle of an answer: what was said stays on the screen, whole, in the statistics and in the history."""
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -64,7 +65,7 @@ def said(lm, prompt, count, **sampling):
 def test_generate_keeps_the_text_and_says_how_much_it_was(checkpoint):
     folder, lm = checkpoint
     line = command("generate", "def add(", "--model", folder, "--max-new-tokens", 40_000)
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         heard = read_until(process.stdout.fileno(), rb".{40}")
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=DEADLINE_S)
@@ -79,8 +80,8 @@ def test_chat_keeps_the_answer_in_the_history_and_goes_on(checkpoint, tmp_path):
     keyboard, terminal = os.openpty()
     line = command("chat", "--model", folder, "--temperature", 0)
     streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    environment = os.environ | {"TERM": "xterm"}
-    with subprocess.Popen(line, **streams, env=environment, preexec_fn=own_terminal) as process:
+    environment = os.environ | {"TERM": "xterm", "LC_ALL": "C.UTF-8"}
+    with started(line, **streams, env=environment, preexec_fn=own_terminal) as process:
         os.close(terminal)
         read_until(keyboard, rb">>> ")
         os.write(keyboard, b"hello\r")
@@ -98,6 +99,16 @@ def test_chat_keeps_the_answer_in_the_history_and_goes_on(checkpoint, tmp_path):
     question, answer = json.loads(saved.read_text("utf-8"))["messages"]
     assert question == {"role": "user", "content": "hello"}
     assert answer == {"role": "assistant", "content": said(lm, prompt, count)}
+
+
+@contextlib.contextmanager
+def started(line, **options):
+    """A process that ends with the test, however the test ends."""
+    with subprocess.Popen(line, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def own_terminal():

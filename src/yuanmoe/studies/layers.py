@@ -20,6 +20,8 @@ from yuanmoe.studies.timing import Timing, take_turns
 
 PREFILL_PEERS = ("eager", "grouped_mm")
 """batched_mm copies two experts a token: 34 GB for 256 tokens of M32's sizes."""
+DECODE_RUNS = 5
+"""Decode steps for each run of a prefill: they are short, and other programs disturb them more."""
 DECODE_PEERS = ("eager", "grouped_mm", "batched_mm")
 
 
@@ -152,7 +154,8 @@ def compare_layers(
                 contenders[f"mixtral {kind}"] = synchronised(_with_experts(mixtral, kind, step), device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prefill_timings, decode_timings = take_turns(prefills, runs, on_run), take_turns(decodes, runs, on_run)
+        prefill_timings = take_turns(prefills, runs, on_run)
+        decode_timings = take_turns(decodes, DECODE_RUNS * runs, on_run)
     return {
         "layers": num_hidden_layers,
         "prompt_tokens": prompt_tokens,
