@@ -97,9 +97,6 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
         return lane;
     });
 }
-inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
-    return emulated::make<uint32_t>([&](int i) { return emulated::get<uint16_t>(a, i); });
-}
 inline __m512 _mm512_cvtph_ps(__m256i a) {
     return emulated::floats([&](int i) { return emulated::half(emulated::get<uint16_t>(a, i)); });
 }

@@ -80,9 +80,8 @@ YUANMOE_API int32_t yuanmoe_mixture_bf16(YuanmoeCall call, const Bfloat16* gate_
 YUANMOE_API uint64_t yuanmoe_read(YuanmoeCall call, const uint8_t* bytes, int64_t count) {
     const Cut parts = Cut::of(count, 1 << 20);
     std::atomic<uint64_t> sum{0};
-    parallel_for(call.threads, parts.parts, [&](int64_t part) {
-        sum ^= kernels_of(call.variant)->read(bytes + parts.begin(part), parts.size(part));
-    });
+    const auto part = [&](int64_t i) { sum ^= kernels_of(call.variant)->read(bytes + parts.begin(i), parts.size(i)); };
+    run(call.threads, {phase(parts.parts, part)});
     return sum;
 }
 

@@ -54,6 +54,10 @@ inline void quantize(const float* x, int64_t count, int group, int64_t index, in
     tile.offsets[index * tile.width + token] = -bias * sum;
 }
 
+// Asks for the cache line that the sequential stream of weights reaches 1.5 KiB later: the hardware stops at the end of a
+// page and looks less far ahead (measured: 13 against 17 GB/s). Past the end of a tensor it does nothing.
+inline void prefetch(const void* weights) { __builtin_prefetch(static_cast<const char*>(weights) + 1536); }
+
 template <class Lanes, int Bits, int T>
 void block(const uint8_t* codes, const uint16_t* scales, const Tile& x, int64_t groups, int group, float* out) {
     typename Lanes::Floats total[T];
@@ -63,8 +67,10 @@ void block(const uint8_t* codes, const uint16_t* scales, const Tile& x, int64_t 
         typename Lanes::Ints dot[T];
         for (int t = 0; t < T; ++t) dot[t] = Lanes::fill(x.offsets[g * T + t]);
         for (int i = 0; i < group; i += 32) {
+            constexpr int kBytes = 32 * kBlockRows * Bits / 8;
+            for (int line = 0; line < kBytes; line += 64) prefetch(codes + line);
             Lanes::template dot32<Bits, T>(dot, codes, tokens);
-            codes += 32 * kBlockRows * Bits / 8;
+            codes += kBytes;
             tokens += 32 * T;
         }
         const auto scale = Lanes::load_half(scales + g * kBlockRows);
@@ -109,56 +115,48 @@ inline void swiglu(float* gate, const float* up, int64_t count) {
     }
 }
 
-// 32 columns of kRows rows a step; two sums of 16 lanes a row, added as a tree at the end.
-constexpr int kDotColumns = 32;
-
-template <class Lanes, int Rows>
-void dot_rows(const uint16_t* weight, int64_t columns, const float* x, float* out) {
-    typename Lanes::Floats sum[Rows][2];
-    for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = Lanes::fill(0.0f);
-    const auto step = [&](const uint16_t* w, int64_t stride, const float* values) {
-        for (int half = 0; half < 2; ++half) {
-            const auto token = Lanes::load(values + 16 * half);
-            for (int r = 0; r < Rows; ++r) {
-                const auto row = Lanes::load_bfloat16(w + r * stride + 16 * half);
-                sum[r][half] = Lanes::add(sum[r][half], Lanes::mul(row, token));
-            }
-        }
+// One row: 32 columns a step into two sums of 16 lanes, even and odd columns, added as a tree at the end.
+template <class Lanes>
+float dot_row(const uint16_t* weight, int64_t columns, const float* x) {
+    typename Lanes::Floats even = Lanes::fill(0.0f), odd = even;
+    const auto step = [&](const uint16_t* w, const float* values) {
+        even = Lanes::add(even, Lanes::mul(Lanes::even_bfloat16(w), Lanes::load(values)));
+        odd = Lanes::add(odd, Lanes::mul(Lanes::odd_bfloat16(w), Lanes::load(values + 16)));
     };
     const int64_t whole = columns / kDotColumns * kDotColumns;
-    for (int64_t i = 0; i < whole; i += kDotColumns) step(weight + i, columns, x + i);
+    for (int64_t i = 0; i < whole; i += kDotColumns) {
+        prefetch(weight + i);
+        step(weight + i, x + i);
+    }
     if (whole < columns) {
-        uint16_t rest[Rows][kDotColumns] = {};
-        for (int r = 0; r < Rows; ++r) std::memcpy(rest[r], weight + r * columns + whole, (columns - whole) * 2);
-        step(rest[0], kDotColumns, x + whole);
+        uint16_t rest[kDotColumns] = {};
+        std::memcpy(rest, weight + whole, (columns - whole) * sizeof *weight);
+        step(rest, x + whole);
     }
-    for (int r = 0; r < Rows; ++r) {
-        alignas(64) float lanes[16];
-        Lanes::store(lanes, Lanes::add(sum[r][0], sum[r][1]));
-        for (int width = 8; width; width /= 2)
-            for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-        out[r] = lanes[0];
-    }
+    alignas(64) float lanes[16];
+    Lanes::store(lanes, Lanes::add(even, odd));
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
 }
 
 template <class Lanes>
 void dot_bf16(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, float* out) {
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) dot_rows<Lanes, 2>(weight + r * columns, columns, x, out + r);
-    if (r < rows) dot_rows<Lanes, 1>(weight + r * columns, columns, x, out + r);
+    for (int64_t r = 0; r < rows; ++r) out[r] = dot_row<Lanes>(weight + r * columns, columns, x);
 }
 
 inline uint64_t read(const uint8_t* bytes, int64_t count) {
-    uint64_t sum[16] = {};
-    const int64_t whole = count / sizeof sum * sizeof sum;
-    for (int64_t i = 0; i < whole; i += sizeof sum) {
-        uint64_t words[16];
-        std::memcpy(words, bytes + i, sizeof words);
-        for (int j = 0; j < 16; ++j) sum[j] ^= words[j];
+    typedef uint64_t Words __attribute__((vector_size(32), aligned(1), may_alias));
+    Words sum[4] = {};
+    const int64_t step = sizeof sum, whole = count / step * step;
+    for (int64_t i = 0; i < whole; i += step) {
+        const Words* words = reinterpret_cast<const Words*>(bytes + i);
+        for (int j = 0; j < 4; ++j) sum[j] ^= words[j];
     }
-    for (int64_t i = whole; i < count; ++i) sum[0] ^= bytes[i];
-    for (int j = 1; j < 16; ++j) sum[0] ^= sum[j];
-    return sum[0];
+    sum[0] ^= sum[1] ^ sum[2] ^ sum[3];
+    uint64_t total = sum[0][0] ^ sum[0][1] ^ sum[0][2] ^ sum[0][3];
+    for (int64_t i = whole; i < count; ++i) total ^= bytes[i];
+    return total;
 }
 
 template <class Lanes>

@@ -35,7 +35,8 @@ struct Avx2Lanes {
     static Floats load_half(const uint16_t* p) {
         return {{_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(p + 8))}};
     }
-    static Floats load_bfloat16(const uint16_t* p) { return {{widen(load128(p)), widen(load128(p + 8))}}; }
+    static Floats even_bfloat16(const uint16_t* p) { return {{even(load256(p)), even(load256(p + 16))}}; }
+    static Floats odd_bfloat16(const uint16_t* p) { return {{odd(load256(p)), odd(load256(p + 16))}}; }
     static void store(float* p, const Floats& a) {
         _mm256_storeu_ps(p, a.half[0]);
         _mm256_storeu_ps(p + 8, a.half[1]);
@@ -53,9 +54,10 @@ struct Avx2Lanes {
 
   private:
     static __m128i load128(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-    static __m256i load256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-    static __m256 widen(__m128i bfloat16) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bfloat16), 16));
+    static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static __m256 even(__m256i bfloat16) { return _mm256_castsi256_ps(_mm256_slli_epi32(bfloat16, 16)); }
+    static __m256 odd(__m256i bfloat16) {
+        return _mm256_castsi256_ps(_mm256_and_si256(bfloat16, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
     }
     static __m256i activation(const int8_t* x) {
         int32_t four;

@@ -15,6 +15,7 @@ namespace yuanmoe {
 constexpr int kBlockRows = 16;
 constexpr int kMaxTile = 12;    // the most tokens that any variant computes at once
 constexpr int kMaxGroup = 128;
+constexpr int kDotColumns = 32;  // columns of a bf16 row in one step
 
 // `matrices` equal matrices in the packed layout, as the Python side describes them.
 struct Quantized {
@@ -54,7 +55,8 @@ struct Kernels {
     void (*block8)(const uint8_t* codes, const uint16_t* scales, const Tile& x, int64_t groups, int group, float* out);
     // gate[i] = silu(gate[i]) * up[i]
     void (*swiglu)(float* gate, const float* up, int64_t count);
-    // out[r] = sum of weight[r][i] x[i] over a row-major bf16 matrix; x is padded with zeros to a multiple of 32.
+    // out[r] = sum of weight[r][i] x[i] over a row-major bf16 matrix; x is in steps of 32 values, in each the even ones
+    // before the odd ones, the last step padded with zeros.
     void (*dot_bf16)(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, float* out);
     // Reads every byte once, at the speed of memory.
     uint64_t (*read)(const uint8_t* bytes, int64_t count);

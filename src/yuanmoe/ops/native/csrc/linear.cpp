@@ -6,30 +6,31 @@ namespace yuanmoe {
 
 void linear(const Call& call, const Quantized& weight, const void* x, int64_t tokens, void* out) {
     const Cut tiles = Cut::of(tokens, call.kernels->tile);
+    const Cut parts = work_parts(weight.blocks(), weight.block_bytes(), call.threads);
     const Activations activations(tokens, weight);
     const auto tile = [&](int64_t t) { return activations.tile(tiles.begin(t), tiles.size(t)); };
-    parallel_for(call.threads, tiles.parts, [&](int64_t t) {
-        const auto row = [&](int token) { return tiles.begin(t) + token; };
-        quantize_tile(call, weight, x, row, tile(t));
-    });
-    const Cut parts = work_parts(weight.blocks(), weight.block_bytes(), call.threads);
-    parallel_for(call.threads, parts.parts, [&](int64_t part) {
+    const auto quantize = [&](int64_t t) {
+        quantize_tile(call, weight, x, [&](int token) { return tiles.begin(t) + token; }, tile(t));
+    };
+    const auto product = [&](int64_t part) {
         for (int64_t t = 0; t < tiles.parts; ++t)
             for (int64_t block = parts.begin(part); block < parts.end(part); ++block) {
                 float rows[kMaxTile * kBlockRows];
                 multiply(call, weight, 0, block, tile(t), rows);
-                const int64_t count = std::min<int64_t>(kBlockRows, weight.rows - block * kBlockRows);
+                const int64_t first = block * kBlockRows, count = std::min<int64_t>(kBlockRows, weight.rows - first);
                 for (int64_t i = 0; i < tiles.size(t); ++i)
-                    write_values(out, call.dtype, (tiles.begin(t) + i) * weight.rows + block * kBlockRows, count,
+                    write_values(out, call.dtype, (tiles.begin(t) + i) * weight.rows + first, count,
                                  rows + i * kBlockRows);
             }
-    });
+    };
+    run(call.threads, {phase(tiles.parts, quantize), phase(parts.parts, product)});
 }
 
 void linear(const Call& call, const Bfloat16& weight, const void* x, int64_t tokens, void* out) {
-    const FloatRows rows(call, x, tokens, weight.columns);
+    FloatRows rows(tokens, weight.columns);
     const Cut parts = work_parts(weight.rows, weight.columns * 2, call.threads);
-    parallel_for(call.threads, parts.parts, [&](int64_t part) {
+    const auto fill = [&](int64_t token) { rows.fill(token, call, x, token); };
+    const auto product = [&](int64_t part) {
         float sums[kRowsAtOnce];
         for (int64_t token = 0; token < tokens; ++token)
             for (int64_t row = parts.begin(part); row < parts.end(part); row += kRowsAtOnce) {
@@ -38,7 +39,8 @@ void linear(const Call& call, const Bfloat16& weight, const void* x, int64_t tok
                                        sums);
                 write_values(out, call.dtype, token * weight.rows + row, count, sums);
             }
-    });
+    };
+    run(call.threads, {phase(tokens, fill), phase(parts.parts, product)});
 }
 
 }  // namespace yuanmoe

@@ -66,7 +66,6 @@ class QuantizedExperts {
           hidden_(plan.choices.size(), down),
           parts_(work_parts(down.blocks(), down.block_bytes(), call.threads)) {}
 
-    int64_t num_experts() const { return down_.matrices; }
     int64_t gated_units() const { return down_.groups(); }
     int64_t down_units() const { return parts_.parts; }
 
@@ -128,31 +127,34 @@ class QuantizedExperts {
 class Bfloat16Experts {
   public:
     Bfloat16Experts(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, const Plan& plan, int64_t chosen,
-                    const FloatRows& x)
+                    const void* x)
         : call_(call),
           gate_up_(gate_up),
           down_(down),
           plan_(plan),
           chosen_(chosen),
           x_(x),
+          tokens_(plan.choices.size(), gate_up.columns),
           hidden_(plan.choices.size(), down.columns),
           gated_parts_(work_parts(down.columns, gate_up.columns * 4, call.threads)),
           down_parts_(work_parts(down.rows, down.columns * 2, call.threads)) {}
 
-    int64_t num_experts() const { return down_.matrices; }
     int64_t gated_units() const { return gated_parts_.parts; }
     int64_t down_units() const { return down_parts_.parts; }
 
-    void prepare(const Plan::Tile&) const {}
+    void prepare(const Plan::Tile& span) {
+        for (int64_t position = span.first; position < span.first + span.width; ++position)
+            tokens_.fill(position, call_, x_, plan_.choices[position] / chosen_);
+    }
 
     void gated(const Plan::Job& job, int64_t unit) {
         each_position(job, gated_parts_, unit, [&](int64_t position, int64_t row, int64_t count) {
-            const float* x = x_.at(plan_.choices[position] / chosen_);
-            float* gate = hidden_.at(position) + row;
-            float up[kRowsAtOnce];
+            const float* x = tokens_.at(position);
+            float gate[kRowsAtOnce], up[kRowsAtOnce];
             dot(gate_up_, job.expert, row, count, x, gate);
             dot(gate_up_, job.expert, down_.columns + row, count, x, up);
             call_.kernels->swiglu(gate, up, count);
+            hidden_.put(position, row, count, gate);
         });
     }
 
@@ -179,20 +181,20 @@ class Bfloat16Experts {
     const Bfloat16 &gate_up_, &down_;
     const Plan& plan_;
     const int64_t chosen_;
-    const FloatRows& x_;
-    FloatRows hidden_;
+    const void* const x_;
+    FloatRows tokens_, hidden_;
     const Cut gated_parts_, down_parts_;
 };
 
 template <class Experts>
-void run(const Call& call, Experts& experts, const Plan& plan, const Routing& routing, int64_t width, void* out) {
-    const int64_t jobs = plan.jobs.size(), gated = experts.gated_units(), down = experts.down_units();
+void mix(const Call& call, Experts& experts, const Plan& plan, const Routing& routing, int64_t width, void* out) {
+    const int64_t jobs = plan.jobs.size(), gated_units = experts.gated_units(), down_units = experts.down_units();
     const std::unique_ptr<float[]> y(new float[plan.choices.size() * width]);
-    parallel_for(call.threads, plan.tiles.size(), [&](int64_t i) { experts.prepare(plan.tiles[i]); });
-    parallel_for(call.threads, jobs * gated, [&](int64_t i) { experts.gated(plan.jobs[i / gated], i % gated); });
-    parallel_for(call.threads, jobs * down, [&](int64_t i) { experts.down(plan.jobs[i / down], i % down, y.get()); });
+    const auto prepare = [&](int64_t i) { experts.prepare(plan.tiles[i]); };
+    const auto gated = [&](int64_t i) { experts.gated(plan.jobs[i / gated_units], i % gated_units); };
+    const auto down = [&](int64_t i) { experts.down(plan.jobs[i / down_units], i % down_units, y.get()); };
     // Summed in the order of the router's ranking, whatever the order of the experts.
-    parallel_for(call.threads, routing.tokens, [&](int64_t token) {
+    const auto combine = [&](int64_t token) {
         constexpr int64_t kStep = 256;
         for (int64_t first = 0; first < width; first += kStep) {
             const int64_t count = std::min(kStep, width - first);
@@ -204,7 +206,10 @@ void run(const Call& call, Experts& experts, const Plan& plan, const Routing& ro
             }
             write_values(out, call.dtype, token * width + first, count, sum);
         }
-    });
+    };
+    const int64_t tiles = plan.tiles.size();
+    run(call.threads, {phase(tiles, prepare), phase(jobs * gated_units, gated), phase(jobs * down_units, down),
+                       phase(routing.tokens, combine)});
 }
 
 }  // namespace
@@ -214,7 +219,7 @@ bool mixture(const Call& call, const Quantized& gate_up, const Quantized& down, 
     Plan plan;
     if (!plan.make(routing, down.matrices, call.kernels->tile)) return false;
     QuantizedExperts experts(call, gate_up, down, plan, routing.chosen, x);
-    run(call, experts, plan, routing, down.rows, out);
+    mix(call, experts, plan, routing, down.rows, out);
     return true;
 }
 
@@ -222,9 +227,8 @@ bool mixture(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, co
              void* out) {
     Plan plan;
     if (!plan.make(routing, down.matrices, call.kernels->tile)) return false;
-    const FloatRows rows(call, x, routing.tokens, gate_up.columns);
-    Bfloat16Experts experts(call, gate_up, down, plan, routing.chosen, rows);
-    run(call, experts, plan, routing, down.rows, out);
+    Bfloat16Experts experts(call, gate_up, down, plan, routing.chosen, x);
+    mix(call, experts, plan, routing, down.rows, out);
     return true;
 }
 

@@ -3,7 +3,6 @@
 #include <vector>
 
 #include "operations.h"
-#include "threads.h"
 
 namespace yuanmoe {
 
@@ -29,24 +28,37 @@ inline void multiply(const Call& call, const Quantized& weight, int64_t matrix, 
            out);
 }
 
-// Rows of x in float32, padded with zeros to whole steps of the bf16 kernel.
-constexpr int64_t kColumnsAtOnce = 32;
 constexpr int64_t kRowsAtOnce = 16;
 
+// Rows in float32 in the order of the bf16 kernel.
 class FloatRows {
   public:
-    FloatRows(const Call& call, const void* x, int64_t rows, int64_t columns) : FloatRows(rows, columns) {
-        parallel_for(call.threads, rows,
-                     [&](int64_t row) { read_values(x, call.dtype, row * columns, columns, at(row)); });
-    }
     FloatRows(int64_t rows, int64_t columns)
-        : stride_((columns + kColumnsAtOnce - 1) / kColumnsAtOnce * kColumnsAtOnce), values_(rows * stride_) {}
+        : columns_(columns),
+          stride_((columns + kDotColumns - 1) / kDotColumns * kDotColumns),
+          values_(rows * stride_) {}
 
-    float* at(int64_t row) { return values_.data() + row * stride_; }
+    // Row `row` = row `source` of x.
+    void fill(int64_t row, const Call& call, const void* x, int64_t source) {
+        float values[kDotColumns];
+        for (int64_t first = 0; first < columns_; first += kDotColumns) {
+            const int64_t count = std::min<int64_t>(kDotColumns, columns_ - first);
+            read_values(x, call.dtype, source * columns_ + first, count, values);
+            put(row, first, count, values);
+        }
+    }
+    // Columns [first, first + count) of a row.
+    void put(int64_t row, int64_t first, int64_t count, const float* values) {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t column = first + i, in_step = column % kDotColumns;
+            const int64_t place = column - in_step + in_step % 2 * (kDotColumns / 2) + in_step / 2;
+            values_[row * stride_ + place] = values[i];
+        }
+    }
     const float* at(int64_t row) const { return values_.data() + row * stride_; }
 
   private:
-    int64_t stride_;
+    int64_t columns_, stride_;
     std::vector<float> values_;
 };
 

@@ -11,15 +11,32 @@ namespace yuanmoe {
 namespace {
 
 // Units are taken one by one, so a thread that another process slows down takes fewer.
-struct Work {
-    int64_t units;
-    void (*body)(const void*, int64_t);
-    const void* context;
-    std::atomic<int64_t> next{0};
+class Work {
+  public:
+    explicit Work(std::initializer_list<Phase> phases) : phases_(phases) {}
 
-    void drain() {
-        for (int64_t unit = next++; unit < units; unit = next++) body(context, unit);
+    // What each thread does.
+    void join() {
+        Progress* progress = progress_;
+        for (const Phase& phase : phases_) {
+            for (int64_t unit = progress->next++; unit < phase.units; unit = progress->next++) {
+                phase.body(phase.context, unit);
+                ++progress->done;
+            }
+            for (int turns = 0; progress->done < phase.units; ++turns)
+                if (turns > kSpins) std::this_thread::yield();
+            ++progress;
+        }
     }
+
+  private:
+    static constexpr int kSpins = 2000;  // some microseconds: phases end together unless a core is taken away
+
+    struct alignas(64) Progress {
+        std::atomic<int64_t> next{0}, done{0};
+    };
+    std::initializer_list<Phase> phases_;
+    Progress progress_[kMaxPhases];
 };
 
 // Used where torch has no OpenMP. Workers live as long as the process; after a fork the child has none and works alone.
@@ -27,7 +44,7 @@ class Pool {
   public:
     void run(int threads, Work& work) {
         const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-        if (!turn) return work.drain();  // another caller has the workers
+        if (!turn) return work.join();  // another caller has the workers
         {
             const std::lock_guard<std::mutex> lock(state_);
             while (static_cast<int>(workers_.size()) < threads - 1)
@@ -37,7 +54,7 @@ class Pool {
             ++round_;
         }
         wake_.notify_all();
-        work.drain();
+        work.join();
         std::unique_lock<std::mutex> lock(state_);
         work_ = nullptr;
         idle_.wait(lock, [&] { return active_ == 0; });
@@ -53,7 +70,7 @@ class Pool {
             Work& work = *work_;
             ++active_;
             lock.unlock();
-            work.drain();
+            work.join();
             lock.lock();
             if (--active_ == 0) idle_.notify_one();
         }
@@ -73,12 +90,14 @@ std::atomic<OpenmpParallel> openmp{nullptr};
 
 void use_openmp(OpenmpParallel parallel) { openmp = parallel; }
 
-void run_units(int threads, int64_t units, void (*body)(const void*, int64_t), const void* context) {
-    Work work{units, body, context};
-    threads = static_cast<int>(std::min<int64_t>(threads, units));
-    if (threads <= 1) return work.drain();
+void run(int threads, std::initializer_list<Phase> phases) {
+    Work work(phases);
+    int64_t most = 0;
+    for (const Phase& phase : phases) most = std::max(most, phase.units);
+    threads = static_cast<int>(std::min<int64_t>(threads, most));
+    if (threads <= 1) return work.join();
     if (const OpenmpParallel parallel = openmp)
-        return parallel([](void* data) { static_cast<Work*>(data)->drain(); }, &work, threads, 0);
+        return parallel([](void* data) { static_cast<Work*>(data)->join(); }, &work, threads, 0);
     static Pool* const pool = new Pool;  // never destroyed: a static destructor would join threads of a forked parent
     pool->run(threads, work);
 }
