@@ -1,12 +1,15 @@
 """Read a checkpoint into memory, or map it where it is what memory needs already.
 
-A native checkpoint in its own dtype on the CPU is not copied: its tensors are private copy-on-write maps of the files.
-Anything else is copied block by block, after it was checked that it fits.
+A native checkpoint in its own dtype on the CPU, quantized or not, is not copied: its tensors are private copy-on-write
+maps of the files, whose memory processes share. Anything else is copied block by block, after it was checked that it
+fits.
 Not here: formats (`store.py`).
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -16,9 +19,12 @@ from torch.overrides import TorchFunctionMode
 from yuanmoe.checkpoint.lazy import LazyTensor, cast
 from yuanmoe.checkpoint.mapping import layout
 from yuanmoe.checkpoint.native_config import dtype_name
+from yuanmoe.checkpoint.packed_weight import PackedWeight
 from yuanmoe.checkpoint.store import Source, open_checkpoint
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.quantized import quantized_model
+from yuanmoe.plan import cost
 from yuanmoe.plan.machine import read_machine
 from yuanmoe.plan.sizes import format_size
 
@@ -27,24 +33,30 @@ def load_model(
     path: Path | str,
     *,
     dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     ignore_unknown: bool = False,
     **changes: Any,
 ) -> YuanForCausalLM:
     """The model of a checkpoint of any format, ready for inference.
 
-    `dtype` is the one that most weights are stored in unless one is named. `changes` are fields of ModelConfig that
-    change what is computed, not the weights: `rope_theta`, `rope_angles`, `packing`. Raises what `open_checkpoint` and
-    `load_state` raise, and UsageError for other changes.
+    `dtype` is the one that most weights are stored in unless one is named; that of the activations in a quantized
+    model, whose default on a CPU is float32 (`docs/numerics.md`). `kv_dtype` is that of cached keys and values.
+    `changes` are fields of ModelConfig that change what is computed, not the weights: `rope_theta`, `rope_angles`,
+    `packing`. Raises what `open_checkpoint` and `load_state` raise, and UsageError for other changes.
     """
     source = open_checkpoint(path, ignore_unknown=ignore_unknown)
     config = source.config.replace(**changes)
     if layout(config) != layout(source.config):
         raise UsageError(f"{', '.join(changes)} cannot be changed while loading: the weights would not fit")
+    formats = {name: tensor.format for name, tensor in source.tensors.items() if isinstance(tensor, PackedWeight)}
+    if formats and dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    dtype = dtype or source.dtype
     with torch.device("meta"), _Undrawn():
-        model = YuanForCausalLM(config)
-    state = load_state(source, dtype=dtype or source.dtype, device=device)
-    model.load_state_dict(state, assign=True)
+        model = quantized_model(config, formats, dtype) if formats else YuanForCausalLM(config)
+    model.load_state_dict(load_state(source, dtype=dtype, device=device), assign=True)
+    model.kv_dtype = kv_dtype or model.kv_dtype
     return model.eval()
 
 
@@ -61,19 +73,52 @@ class _Undrawn(TorchFunctionMode):
 def load_state(
     source: Source, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """All weights under our names, in their own dtypes unless one is named.
+    """All weights under our names, in their own dtypes unless one is named; quantized ones as `codes` and `scales`.
 
     Raises ResourceError before anything is read when they do not fit, CheckpointError for weights beyond `dtype`.
     """
     device = torch.device(device)
-    tensors = {name: cast(tensor, dtype, name) for name, tensor in source.tensors.items()}
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in source.tensors.items():
+        if isinstance(tensor, PackedWeight):
+            tensors |= {f"{name}.codes": tensor.codes, f"{name}.scales": tensor.scales}
+        else:
+            tensors[name] = tensor if _stays(source, tensor, dtype, device) else cast(tensor, dtype, name)
     _check_memory(source, tensors, device)
     state = {}
     for name, tensor in tensors.items():
         state[name] = tensor.read(device)
         if not tensor.is_view:
             source.release()
+    if device.type == "cpu":
+        _read_ahead(source, tensors)
     return state
+
+
+def _stays(source: Source, tensor: LazyTensor, dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Whether a whole matrix beside quantized ones is mapped as it is: products take bfloat16 under float32."""
+    suits = (tensor.dtype, dtype, device.type) == (torch.bfloat16, torch.float32, "cpu")
+    return source.precision is not None and suits and len(tensor.shape) > 1
+
+
+def _read_ahead(source: Source, tensors: Mapping[str, LazyTensor]) -> None:
+    """Bring mapped weights into memory beside other work, or say what it costs that they do not fit."""
+    mapped = sum(tensor.nbytes for tensor in tensors.values() if tensor.is_view)
+    free = _free_memory(torch.device("cpu"))
+    if free is None or mapped <= free:
+        files = source.files if mapped else ()
+        Thread(target=lambda: [file.touch() for file in files], name="weights ahead", daemon=True).start()
+        return
+    width = 1.0 if source.precision else source.dtype.itemsize / cost.STATE_BYTES
+    read = width * cost.read_bytes(source.config, source.precision or cost.precision(16))
+    from_disk = read * (1 - free / mapped)
+    warnings.warn(
+        f"the weights of {source.path} take {format_size(mapped)}, {format_size(free)} of RAM are free: of the "
+        f"{format_size(read)} that a token reads about {format_size(from_disk)} come from the disk, each time "
+        f"{from_disk / 1e9:.2f} s at 1 GB/s. More memory or fewer bits help: yuanmoe quantize",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _check_memory(source: Source, tensors: Mapping[str, LazyTensor], device: torch.device) -> None:

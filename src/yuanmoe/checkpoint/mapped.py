@@ -20,6 +20,8 @@ from yuanmoe.errors import CheckpointError
 # Python 3.11 does not name the flag.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
+_PAGES_AT_ONCE = 1 << 14
+
 
 class MappedBytes:
     """One file, or several that are one when joined, as an addressable range of `size` bytes."""
@@ -63,6 +65,16 @@ class MappedBytes:
         index = min(bisect_right(self._ends, start), len(self._maps) - 1)
         piece = self._maps[index]
         return piece, start - (self._ends[index] - len(piece))
+
+    def touch(self) -> None:
+        """Read a byte of every page: what is not cached is read ahead, what is cached is mapped before it is needed.
+
+        Takes as long as the disk does, without Python's lock; only where the files fit into memory.
+        """
+        for piece in self._maps:
+            pages = torch.frombuffer(piece, dtype=torch.uint8)[:: mmap.PAGESIZE]
+            for some in pages.split(_PAGES_AT_ONCE):
+                some.sum()
 
     def release(self) -> None:
         """Let go of the pages read so far, so that streaming through a file does not fill memory.

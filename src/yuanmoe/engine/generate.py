@@ -180,14 +180,13 @@ class Generation:
         start = time.perf_counter()
         lengths = [len(sequence.prompt_ids) for sequence in self._live]
         capacity = max(length + sequence.max_new_tokens for length, sequence in zip(lengths, self._live, strict=True))
-        dtype, device = self._norm.dtype, self._norm.device
-        cache = Cache(self._model.config, len(lengths), capacity, dtype=dtype, device=device)
+        cache = self._model.new_cache(len(lengths), capacity)
         last = self._norm.new_empty(len(lengths), len(self._norm))
         for counts in chunks(lengths, self._chunk_size):
             parts = zip(self._live, cache.lengths, counts, strict=True)
             ids = [token_id for part, done, count in parts for token_id in part.prompt_ids[done : done + count]]
             sequences = cache.extend(counts)
-            hidden, _ = self._model.model(torch.tensor(ids, device=device), sequences)
+            hidden, _ = self._model.model(torch.tensor(ids, device=self._norm.device), sequences)
             rows = [row for row, count in enumerate(counts) if count]
             last[rows] = hidden[sequences.last[rows]]
         tokens = self._choose(last)

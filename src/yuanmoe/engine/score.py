@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from yuanmoe.errors import UsageError
-from yuanmoe.model.cache import Cache
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.plan.planner import PREFILL_TOKENS
 
@@ -32,9 +31,8 @@ def score(model: YuanForCausalLM, ids: Sequence[int], *, chunk_size: int = PREFI
 
 
 def _score_window(model: YuanForCausalLM, ids: Sequence[int], chunk_size: int) -> list[float]:
-    norm = model.model.norm.weight
-    tokens = torch.tensor(ids, device=norm.device)
-    cache = Cache(model.config, 1, len(ids), dtype=norm.dtype, device=norm.device)
+    tokens = torch.tensor(ids, device=model.model.norm.weight.device)
+    cache = model.new_cache(1, len(ids))
     logprobs = []
     for chunk, following in zip(tokens[:-1].split(chunk_size), tokens[1:].split(chunk_size), strict=True):
         hidden, _ = model.model(chunk, cache.extend([len(chunk)]))

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ContextLengthError
-from yuanmoe.ops.attention import causal_attention
+from yuanmoe.model.key_values import Slots, attend
 
 
 class Cache:
     """Room for `batch_size` sequences of up to `capacity` tokens, taken at once (touched only as it fills).
 
-    Keys and values are [B, T, H, C] a layer, tails [B, D] and [B, D / 2]. Raises ContextLengthError when `capacity`
-    exceeds the model's context.
+    Tails [B, D] and [B, D / 2] of a layer have `dtype`; keys and values `kv_dtype`, the same unless given. Raises
+    ContextLengthError when `capacity` exceeds the model's context.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Cache:
         capacity: int,
         *,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if capacity > config.max_position_embeddings:
@@ -35,14 +36,15 @@ class Cache:
                 f"{capacity} tokens do not fit the model's context of {config.max_position_embeddings} "
                 "(max_position_embeddings); shorten the prompt or ask for fewer new tokens"
             )
-        slots = (batch_size, capacity, config.num_attention_heads, config.head_dim)
+        slots = (batch_size, config.num_attention_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.empty(slots, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.empty(slots, dtype=dtype, device=device) for _ in layers]
+        self.keys = [Slots(slots, kv_dtype or dtype, device) for _ in layers]
+        self.values = [Slots(slots, kv_dtype or dtype, device) for _ in layers]
         widths = (config.hidden_size, config.hidden_size // 2) if config.localized_filtering else ()
         self.tails = [[torch.zeros(batch_size, D, dtype=dtype, device=device) for D in widths] for _ in layers]
         self.lengths = [0] * batch_size
         self.capacity = capacity
+        self.device = device
 
     def extend(self, new_tokens: list[int]) -> "CachedSequences":
         """The sequences of the next pass, `new_tokens` of each; they count as stored from now on.
@@ -60,12 +62,9 @@ class Cache:
 
     def select(self, rows: list[int]) -> None:
         """Keeps the given sequences, in this order; a row may be named more than once (beams, several samples)."""
-        index = torch.tensor(rows, device=self.keys[0].device)
-        filled = max(self.lengths)
-        for layers in (self.keys, self.values):
-            for layer, slots in enumerate(layers):
-                layers[layer] = slots.new_empty(len(rows), *slots.shape[1:])
-                layers[layer][:, :filled] = slots[index, :filled]
+        index = torch.tensor(rows, device=self.device)
+        for slots in (*self.keys, *self.values):
+            slots.select(index, max(self.lengths))
         self.tails = [[tail[index] for tail in tails] for tails in self.tails]
         self.lengths = [self.lengths[row] for row in rows]
 
@@ -74,10 +73,8 @@ class CachedSequences:
     """The new tokens of each sequence of a cache, flat and in row order, seeing all that the cache holds of them."""
 
     def __init__(self, cache: Cache, past: list[int], new_tokens: list[int]) -> None:
-        device = cache.keys[0].device
         B = len(new_tokens)
         self._cache, self._past, self._new = cache, past, new_tokens
-        self._uniform = len(set(past)) == 1 and len(set(new_tokens)) == 1
         assert any(new_tokens), "a pass without new tokens"
         counts = torch.tensor(new_tokens)
         ends = counts.cumsum(0)
@@ -91,7 +88,7 @@ class CachedSequences:
         positions = order - starts[rows] + torch.tensor(past)[rows]
         # One transfer for all: on a GPU each costs as much as a small kernel.
         parts = (predecessor, rows, positions, tail, ends - 1)
-        on_device = torch.cat(parts).to(device).split([len(part) for part in parts])
+        on_device = torch.cat(parts).to(cache.device).split([len(part) for part in parts])
         self._predecessor, self._rows, self._positions, self._tail, last = on_device
         self.last = last
         """Index of the last new token of each sequence, [B] (of sequences with new tokens)."""
@@ -108,15 +105,6 @@ class CachedSequences:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, dropout: float) -> Tensor:
         keys, values = self._cache.keys[layer_idx], self._cache.values[layer_idx]
-        keys[self._rows, self._positions] = k
-        values[self._rows, self._positions] = v
-        if self._uniform:
-            shape, T = (len(self._new), -1, *q.shape[1:]), self._past[0] + self._new[0]
-            return causal_attention(q.view(shape), keys[:, :T], values[:, :T], dropout).reshape(q.shape)
-        rows = zip(q.split(self._new), keys, values, self._past, self._new, strict=True)
-        parts = [
-            causal_attention(mine[None], row_keys[None, : past + new], row_values[None, : past + new], dropout)
-            for mine, row_keys, row_values, past, new in rows
-            if new
-        ]
-        return torch.cat(parts, dim=1)[0]
+        keys.write(self._rows, self._positions, k)
+        values.write(self._rows, self._positions, v)
+        return attend(q, keys, values, self._past, self._new, dropout)

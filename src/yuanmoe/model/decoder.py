@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.attention import Attention, LocalizedFilter
+from yuanmoe.model.cache import Cache
 from yuanmoe.model.experts import DenseFeedForward, Experts, MixtureOfExperts
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
@@ -106,6 +107,8 @@ class YuanForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.kv_dtype: torch.dtype | None = None
+        """Of cached keys and values: bfloat16, int8 or another; None is that of the activations."""
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -134,6 +137,12 @@ class YuanForCausalLM(nn.Module):
         )
         hidden, routings = self.model(input_ids.flatten(), sequences)
         return hidden.view(*input_ids.shape, -1), routings
+
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+        """Room for as many sequences of up to `capacity` tokens, where and in what precision this model computes."""
+        # Activations have the dtype of the norms, whatever the precision of the matrices.
+        norm = self.model.norm.weight
+        return Cache(self.config, batch_size, capacity, dtype=norm.dtype, kv_dtype=self.kv_dtype, device=norm.device)
 
     @torch.no_grad()
     def initialize(self) -> "YuanForCausalLM":

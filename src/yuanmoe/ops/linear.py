@@ -29,7 +29,7 @@ def has_bfloat16_matmul() -> bool:
 def linear(
     x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None
 ) -> Float[Tensor, "*N O"]:
-    """`x` times `weight` transposed, plus `bias`, in the dtype of `x`."""
+    """`x` times `weight` transposed, plus `bias`, in the dtype of `x`; that may be float32 over bfloat16 weights."""
     if native.suits_bf16(x, weight):
         out = native.bf16_linear(x, weight)
         return out if bias is None else out + bias
@@ -39,14 +39,15 @@ def linear(
 
 
 def widens(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` goes through float32 blocks here: bfloat16 on a CPU without such instructions, no gradient."""
-    return (
-        x.dtype == weight.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and x.numel() >= WIDEN_FROM_TOKENS * x.shape[-1]
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not has_bfloat16_matmul()
-    )
+    """Whether `linear` goes through float32 blocks here: bfloat16 weights on a CPU, no gradient, and either float32
+    activations or many of them on a CPU without bfloat16 instructions."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    if x.dtype == torch.float32:
+        return True
+    return x.dtype == torch.bfloat16 and x.numel() >= WIDEN_FROM_TOKENS * x.shape[-1] and not has_bfloat16_matmul()
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

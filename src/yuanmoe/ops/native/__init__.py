@@ -42,6 +42,8 @@ __all__ = [
 
 BF16_UP_TO_TOKENS = 4
 """Beyond, torch's matrix product is faster than a pass over the weights for each token."""
+CACHED_BYTES = 1 << 19
+"""Weights that a pass for each token reads from a core's cache: M32's router has 393 KB."""
 
 
 def quantized_linear(x: Float[Tensor, "*N I"], weight: PackedTensor) -> Float[Tensor, "*N O"]:
@@ -81,10 +83,16 @@ def quantized_moe(
 
 
 def suits_bf16(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the bfloat16 kernels take these: few tokens, contiguous bfloat16 on the CPU, no gradient, a library."""
+    """Whether the bfloat16 kernels take these: few tokens, contiguous bfloat16 on the CPU, no gradient, a library.
+
+    Any number of float32 tokens over weights that stay in the cache of a core, such as a router's: in a quantized model
+    the experts of a token must not depend on how many tokens were computed with it.
+    """
+    few = x.numel() <= BF16_UP_TO_TOKENS * x.shape[-1]
+    cached = x.dtype == torch.float32 and sum(weight.nbytes for weight in weights) <= CACHED_BYTES
     return (
         x.device.type == "cpu"
-        and x.numel() <= BF16_UP_TO_TOKENS * x.shape[-1]
+        and (few or cached)
         and all(w.dtype == torch.bfloat16 and w.device.type == "cpu" and w.is_contiguous() for w in weights)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)))
         and chosen() is not None

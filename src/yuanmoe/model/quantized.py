@@ -1,0 +1,123 @@
+"""The decoder over packed 4-bit and 8-bit weights: other layers in the same model, put there from outside.
+
+Weights are buffers `codes` and `scales` in the layout of the kernels, under the names that they have in a checkpoint,
+so they can be mapped files. Activations stay float32 on a CPU (`docs/numerics.md`); routers and norms are whole.
+No gradients. Not here: files (`checkpoint/load.py`), the arithmetic (`ops/native`).
+Legend: N tokens, D hidden, I inputs, O outputs, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from yuanmoe.config import ModelConfig
+from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.router import Routing
+from yuanmoe.ops import native
+from yuanmoe.ops.packing import PackedFormat, take_rows
+from yuanmoe.ops.quant import PackedTensor
+
+
+class PackedMatrices(nn.Module):
+    """Codes and scales of a weight."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, form: PackedFormat) -> None:
+        super().__init__()
+        self.format = form
+        self.register_buffer("codes", torch.empty(form.codes_shape, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(form.scales_shape, dtype=torch.float16))
+        self._packed: PackedTensor | None = None
+
+    @property
+    def packed(self) -> PackedTensor:
+        """What the kernels take; made once, as its checks would cost 2 % of a token."""
+        if self._packed is None or self._packed.codes is not self.codes or self._packed.scales is not self.scales:
+            self._packed = self.format.tensor(self.codes, self.scales)
+        return self._packed
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer in few bits; the bias is whole."""
+
+    def __init__(self, form: PackedFormat, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = PackedMatrices(form)
+        self.bias = nn.Parameter(torch.empty(form.rows), requires_grad=False) if bias else None
+
+    def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
+        out = native.quantized_linear(x, self.weight.packed)
+        return out if self.bias is None else out + self.bias
+
+
+class QuantizedExperts(nn.Module):
+    """All experts of a layer in few bits, as one fused step."""
+
+    def __init__(self, gate_up: PackedFormat, down: PackedFormat) -> None:
+        super().__init__()
+        self.gate_up_proj = PackedMatrices(gate_up)
+        self.down_proj = PackedMatrices(down)
+
+    def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
+        gate_up, down = self.gate_up_proj.packed, self.down_proj.packed
+        return native.quantized_moe(x, gate_up, down, routing.weights, routing.experts)
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding in few bits: the rows asked for, exactly as the codes say, in `dtype`."""
+
+    def __init__(self, form: PackedFormat, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = PackedMatrices(form)
+        self._dtype = dtype
+
+    def forward(self, ids: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        return take_rows(self.weight.packed, ids).to(self._dtype)
+
+
+class WholeEmbedding(nn.Embedding):
+    """An embedding in the dtype it is stored in, for activations in another."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__(rows, columns)
+        self._dtype = dtype
+
+    def forward(self, input: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        return super().forward(input).to(self._dtype)
+
+
+class QuantizedYuan(YuanForCausalLM):
+    """The model whose output head may be in few bits, and whose keys and values are bfloat16 unless told otherwise."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.kv_dtype = torch.bfloat16
+
+    def logits(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
+        head: Any = self.head_weight
+        return (
+            native.quantized_linear(hidden, head.packed) if isinstance(head, PackedMatrices) else super().logits(hidden)
+        )
+
+
+def quantized_model(config: ModelConfig, formats: Mapping[str, PackedFormat], dtype: torch.dtype) -> QuantizedYuan:
+    """A model with the weights of these names in few bits, for activations in `dtype`; its weights are not set yet."""
+    model = QuantizedYuan(config)
+    model.model.embed_tokens = WholeEmbedding(config.vocab_size, config.hidden_size, dtype)
+    for name, form in formats.items():
+        path = name.removesuffix(".weight")
+        if path.endswith(".experts.gate_up_proj"):
+            down = formats[path.replace("gate_up_proj", "down_proj")]
+            model.set_submodule(path.rpartition(".")[0], QuantizedExperts(form, down))
+        elif path.endswith("embed_tokens"):
+            model.set_submodule(path, QuantizedEmbedding(form, dtype))
+        elif not path.endswith(".experts.down_proj"):
+            replaced = model.get_submodule(path)
+            assert isinstance(replaced, nn.Linear)
+            model.set_submodule(path, QuantizedLinear(form, bias=replaced.bias is not None))
+    return model
