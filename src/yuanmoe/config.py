@@ -270,7 +270,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "num_experts": 32,
         "moe_intermediate_size": 128,
-        "partial_rotary_factor": 0.5,
         "tie_word_embeddings": False,
         "max_position_embeddings": 512,
     },
