@@ -77,6 +77,8 @@ def experts_forward(
     experts: Int[Tensor, "N K"],
 ) -> Float[Tensor, "N D"]:
     """The mixture: for each token the sum over its `experts` of `weights` times expert(x); FF is 2 F."""
+    if native.suits_bf16(x, gate_up, down):
+        return native.bf16_moe(x, gate_up, down, weights, experts)
     if x.device.type == "cpu" and 0 < len(x) <= GATHERED_UP_TO_TOKENS and not torch.is_grad_enabled():
         return _gathered(x, gate_up, down, weights, experts)
     sent = dispatch(x, experts, gate_up.shape[0])
