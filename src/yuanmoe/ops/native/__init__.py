@@ -57,8 +57,7 @@ def quantized_linear(x: Float[Tensor, "*N I"], weight: PackedTensor) -> Float[Te
     found = _kernels_for(x)
     if found is None:
         return quant.linear(x, weight).to(x.dtype)
-    out = found.linear(readable(x.reshape(-1, x.shape[-1])), weight)
-    return out.view(*x.shape[:-1], weight.out_features).to(x.dtype)
+    return found.linear(readable(x), weight).to(x.dtype)
 
 
 def quantized_moe(
@@ -103,8 +102,7 @@ def bf16_linear(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"]) -> Float
     """`x` times the transposed bfloat16 weight, summed in float32, for what `suits_bf16`."""
     check_tokens(x, weight.shape[1], weight)
     found = _kernels_for_bf16(x, weight)
-    out = found.linear(readable(x.reshape(-1, x.shape[-1])), weight)
-    return out.view(*x.shape[:-1], len(weight)).to(x.dtype)
+    return found.linear(readable(x), weight).to(x.dtype)
 
 
 def bf16_moe(

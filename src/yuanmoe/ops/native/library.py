@@ -113,11 +113,12 @@ class Kernels:
         self._library: Final = library
 
     def linear(self, x: Tensor, weight: PackedTensor | Tensor) -> Tensor:
-        """`x` [N, I] times a quantized or bfloat16 weight [O, I]."""
+        """`x` [..., I] times a quantized or bfloat16 weight [O, I]."""
         matrix = _stack(weight)
         function = self._library.yuanmoe_linear_bf16 if isinstance(weight, Tensor) else self._library.yuanmoe_linear
-        out = x.new_empty(x.shape[0], matrix.rows)
-        _check(function(self._call(x), matrix, x.data_ptr(), x.shape[0], out.data_ptr()), matrix)
+        lead = x.shape[:-1]
+        out = x.new_empty((*lead, matrix.rows))
+        _check(function(self._call(x), matrix, x.data_ptr(), lead.numel(), out.data_ptr()), matrix)
         return out
 
     def mixture(

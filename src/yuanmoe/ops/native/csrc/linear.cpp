@@ -9,8 +9,11 @@ void linear(const Call& call, const Quantized& weight, const void* x, int64_t to
     const Cut parts = work_parts(weight.blocks(), weight.block_bytes(), call.threads);
     const Activations activations(tokens, weight);
     const auto tile = [&](int64_t t) { return activations.tile(tiles.begin(t), tiles.size(t)); };
-    const auto quantize = [&](int64_t t) {
-        quantize_tile(call, weight, x, [&](int token) { return tiles.begin(t) + token; }, tile(t));
+    const int64_t group_units = group_parts(weight).parts;
+    const auto quantize = [&](int64_t unit) {
+        const int64_t t = unit / group_units;
+        const auto row = [&](int token) { return tiles.begin(t) + token; };
+        quantize_tile(call, weight, x, row, unit % group_units, tile(t));
     };
     const auto product = [&](int64_t part) {
         for (int64_t t = 0; t < tiles.parts; ++t)
@@ -23,7 +26,7 @@ void linear(const Call& call, const Quantized& weight, const void* x, int64_t to
                                  rows + i * kBlockRows);
             }
     };
-    run(call.threads, {phase(tiles.parts, quantize), phase(parts.parts, product)});
+    run(call.threads, {phase(tiles.parts * group_units, quantize), phase(parts.parts, product)});
 }
 
 void linear(const Call& call, const Bfloat16& weight, const void* x, int64_t tokens, void* out) {

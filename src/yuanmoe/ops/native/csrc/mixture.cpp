@@ -69,9 +69,11 @@ class QuantizedExperts {
     int64_t gated_units() const { return down_.groups(); }
     int64_t down_units() const { return parts_.parts; }
 
-    void prepare(const Plan::Tile& span) const {
+    int64_t prepare_units() const { return group_parts(gate_up_).parts; }
+
+    void prepare(const Plan::Tile& span, int64_t unit) const {
         const auto row = [&](int token) { return plan_.choices[span.first + token] / chosen_; };
-        quantize_tile(call_, gate_up_, x_, row, tokens_.tile(span.first, span.width));
+        quantize_tile(call_, gate_up_, x_, row, unit, tokens_.tile(span.first, span.width));
     }
 
     void gated(const Plan::Job& job, int64_t unit) const {
@@ -142,7 +144,9 @@ class Bfloat16Experts {
     int64_t gated_units() const { return gated_parts_.parts; }
     int64_t down_units() const { return down_parts_.parts; }
 
-    void prepare(const Plan::Tile& span) {
+    int64_t prepare_units() const { return 1; }
+
+    void prepare(const Plan::Tile& span, int64_t) {
         for (int64_t position = span.first; position < span.first + span.width; ++position)
             tokens_.fill(position, call_, x_, plan_.choices[position] / chosen_);
     }
@@ -190,7 +194,8 @@ template <class Experts>
 void mix(const Call& call, Experts& experts, const Plan& plan, const Routing& routing, int64_t width, void* out) {
     const int64_t jobs = plan.jobs.size(), gated_units = experts.gated_units(), down_units = experts.down_units();
     const std::unique_ptr<float[]> y(new float[plan.choices.size() * width]);
-    const auto prepare = [&](int64_t i) { experts.prepare(plan.tiles[i]); };
+    const int64_t prepare_units = experts.prepare_units();
+    const auto prepare = [&](int64_t i) { experts.prepare(plan.tiles[i / prepare_units], i % prepare_units); };
     const auto gated = [&](int64_t i) { experts.gated(plan.jobs[i / gated_units], i % gated_units); };
     const auto down = [&](int64_t i) { experts.down(plan.jobs[i / down_units], i % down_units, y.get()); };
     // Summed in the order of the router's ranking, whatever the order of the experts.
@@ -208,8 +213,8 @@ void mix(const Call& call, Experts& experts, const Plan& plan, const Routing& ro
         }
     };
     const int64_t tiles = plan.tiles.size();
-    run(call.threads, {phase(tiles, prepare), phase(jobs * gated_units, gated), phase(jobs * down_units, down),
-                       phase(routing.tokens, combine)});
+    run(call.threads, {phase(tiles * prepare_units, prepare), phase(jobs * gated_units, gated),
+                       phase(jobs * down_units, down), phase(routing.tokens, combine)});
 }
 
 }  // namespace

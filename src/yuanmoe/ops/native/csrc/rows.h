@@ -6,13 +6,19 @@
 
 namespace yuanmoe {
 
-// Quantizes the rows row(0) .. row(width - 1) of x into a tile.
+// The groups of a tile that one thread quantizes at a time: even one token is work for several.
+constexpr int64_t kGroupsAtOnce = 32;
+inline Cut group_parts(const Quantized& weight) { return Cut::of(weight.groups(), kGroupsAtOnce); }
+
+// Quantizes part `part` of group_parts of the rows row(0) .. row(width - 1) of x into a tile.
 template <class Row>
-void quantize_tile(const Call& call, const Quantized& weight, const void* x, const Row& row, const Tile& tile) {
+void quantize_tile(const Call& call, const Quantized& weight, const void* x, const Row& row, int64_t part,
+                   const Tile& tile) {
+    const Cut parts = group_parts(weight);
     const int32_t bias = call.kernels->bias(weight.bits);
     float values[kMaxGroup];
     for (int token = 0; token < tile.width; ++token)
-        for (int64_t g = 0; g < weight.groups(); ++g) {
+        for (int64_t g = parts.begin(part); g < parts.end(part); ++g) {
             const int64_t first = g * weight.group;
             const int64_t count = std::min<int64_t>(weight.group, weight.columns - first);
             read_values(x, call.dtype, row(token) * weight.columns + first, count, values);
