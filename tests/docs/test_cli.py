@@ -89,7 +89,7 @@ def test_plan_says_for_people_what_it_says_for_programs(run: Run) -> None:
     assert report["device"]["memory_bytes"] == 24 * 2**30
     first = report["decode"][0]["first_token"]
     assert 0 < first["tokens_per_s_predicted"] < first["tokens_per_s_bound"]
-    assert first["tokens_per_s_bound"] <= report["device"]["bandwidth"] / first["bytes_read"]
+    assert first["tokens_per_s_bound"] <= report["device"]["bandwidth"] / first["bytes_read"] * (1 + 1e-9)
     for said in ("yuan2-m32", "39,942,842,368", "7.41 GFLOP", "140 GFLOP", "0.0026 PetaFLOP/s-days", "0.05 PetaFLOP"):
         assert said in err
     assert "Fits: 1.27 GiB to spare." in err

@@ -76,6 +76,15 @@ def test_the_loss_curve_is_that_of_plain_operations(monkeypatch):
     assert [each.loss for each in run(recipe(), 6)[1]] == pytest.approx(fast, abs=2e-4)
 
 
+def test_a_text_that_repeats_is_learned_by_heart():
+    made = recipe(learning_rate=3e-3, embedding_rate=1.0, embedding_std=None, max_tokens=40 * LENGTH * BATCH)
+    ids = np.tile(np.random.default_rng(0).permutation(61) + 3, 20).astype(np.uint16)
+    batches = ShuffledWindows(ids, length=LENGTH, batch_size=BATCH, seed=0)
+    losses = [each.loss for each in train(new_model(made), made, batches.batch)]
+    assert losses[0] == pytest.approx(math.log(64), rel=0.02)
+    assert losses[-1] < losses[0] / 2
+
+
 def test_a_run_repeats_bit_for_bit():
     (first, one), (second, other) = run(recipe(), 4), run(recipe(), 4)
     assert [each.loss for each in one] == [each.loss for each in other]

@@ -103,6 +103,7 @@ for _name, (_, _help_line) in COMMANDS.items():
 def main() -> None:
     """Entry point of the `yuanmoe` script."""
     # By default threads of torch's OpenMP spin while they wait for one another, and stop each other where another
-    # program takes a core: a training step then took 20 times as long. Read when torch loads, so set before.
-    os.environ.setdefault("GOMP_SPINCOUNT", "100")
+    # program takes a core: a training step then took 20 times as long. A short spin costs 10 % on quiet cores, none at
+    # all 60 % (docs/log.md). Read when torch loads, so set before.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app(prog_name="yuanmoe")

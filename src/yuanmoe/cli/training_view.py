@@ -11,6 +11,7 @@ from types import TracebackType
 
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +27,7 @@ ASCII_BARS = " .:-=+*#@"
 EVEN_HEIGHT = 2
 """Of an even share of the load: an expert with four times as much fills the line."""
 
+INDENT, NAME_WIDTH = 2, 9
 CURVE_WIDTH = 40
 REDRAW_S = 0.25
 LINE_S = 10.0
@@ -88,11 +90,12 @@ class TrainingView:
 
     def _panel(self, progress: Progress, reading: Reading) -> RenderableType:
         bars = ASCII_BARS if self.console.options.ascii_only else BARS
-        grid = Table.grid(padding=(0, 2))
         left = progress.elapsed_s * (1 / progress.share - 1)
-        clock = Table.grid(padding=(0, 2))
+        clock = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=1.0, completed=progress.share, width=CURVE_WIDTH)
         clock.add_row(bar, f"{left:.0f} s left; Ctrl-C ends it sooner")
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(width=NAME_WIDTH)
         grid.add_row("training", clock)
         grid.add_row("loss", Text.assemble((sparkline(self.curve, bars), "cyan"), f" {reading.loss:.3f} nats a token"))
         heldout = " ".join(f"{bits:.2f}" for bits in self.heldout)
@@ -100,7 +103,7 @@ class TrainingView:
         grid.add_row("speed", self._speed(reading))
         for place, (load, balance) in enumerate(zip(reading.load, reading.balance, strict=True)):
             grid.add_row(f"experts {place}", load_strip(load, bars) + Text(f"  {describe(balance)}", style="dim"))
-        return grid
+        return Padding(grid, (0, 0, 0, INDENT))
 
 
 def sparkline(values: Sequence[float], bars: str) -> str:
