@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from yuanmoe.errors import UsageError
+from yuanmoe.ops import native
 from yuanmoe.ops.attention import causal_attention
 from yuanmoe.ops.quant import quantize_activations
 
@@ -68,6 +69,9 @@ def attend(
     dropout: float = 0.0,
 ) -> Float[Tensor, "N H C"]:
     """Causal attention of the last `new[b]` tokens of each sequence to all its `past[b] + new[b]` slots."""
+    if not dropout and native.suits_attention(q, keys.values, values.values):
+        scales = None if keys.scales is None or values.scales is None else (keys.scales, values.scales)
+        return native.attention(q, keys.values, values.values, past, new, scales)
     if len(set(past)) == 1 and len(set(new)) == 1:
         k, v = (slots.read(slice(None), past[0] + new[0], q.dtype) for slots in (keys, values))
         return causal_attention(q.view(len(new), -1, *q.shape[1:]), k, v, dropout).reshape(q.shape)

@@ -182,9 +182,76 @@ void test_mixture(const Weights& gate_up, const Weights& down, int64_t tokens, i
     }
 }
 
+// Against the plain formula in double; each query alone, in any variant and beside any others gives the same number.
+void test_attention(Stored stored, int64_t heads, int64_t channels) {
+    const std::vector<int64_t> past{0, 37, 5, 64}, counts{uniform(1, 40), 1, 0, uniform(1, 3)};
+    const int64_t sequences = past.size(), slots = 80;
+    int64_t tokens = 0;
+    for (const int64_t count : counts) tokens += count;
+    const int64_t bytes = stored == Stored::kFloat32 ? 4 : stored == Stored::kBfloat16 ? 2 : 1;
+    const int64_t vectors = sequences * heads * slots;
+    std::vector<char> storage[2];
+    std::vector<float> scales[2], wide[2], q(tokens * heads * channels), first;
+    for (float& value : q) value = 3 * normal();
+    for (int which = 0; which < 2; ++which) {
+        storage[which].resize(vectors * channels * bytes);
+        for (int64_t v = 0; v < vectors; ++v) scales[which].push_back(std::fabs(normal()) / 60);
+        for (int64_t i = 0; i < vectors * channels; ++i) {
+            float value = normal();
+            if (stored == Stored::kFloat32) {
+                std::memcpy(&storage[which][i * 4], &value, 4);
+            } else if (stored == Stored::kBfloat16) {
+                const uint16_t bits = to_bfloat16(value);
+                std::memcpy(&storage[which][i * 2], &bits, 2);
+                value = bfloat16_value(bits);
+            } else {
+                storage[which][i] = static_cast<char>(uniform(-127, 127));
+                value = scales[which][i / channels] * storage[which][i];
+            }
+            wide[which].push_back(value);
+        }
+    }
+    const KeyValues cache{storage[0].data(), storage[1].data(), scales[0].data(), scales[1].data(), stored, heads,
+                          slots, channels};
+    for (const Call& call : calls()) {
+        std::vector<float> out(tokens * heads * channels);
+        attention(call, cache, past.data(), counts.data(), sequences, q.data(), out.data());
+        if (first.empty()) first = out;
+        REQUIRE(same(out, first), "variants differ: %ld heads, %ld channels\n", long(heads), long(channels));
+        for (int64_t b = 0, token = 0; b < sequences; token += counts[b++])
+            for (int64_t t = 0; t < counts[b]; ++t) {
+                std::vector<int64_t> before(past), one(sequences, 0);
+                before[b] += t, one[b] = 1;
+                std::vector<float> alone(heads * channels);
+                const int64_t at = (token + t) * heads * channels;
+                attention(call, cache, before.data(), one.data(), sequences, &q[at], alone.data());
+                REQUIRE(std::memcmp(alone.data(), &out[at], alone.size() * 4) == 0, "neighbours matter\n");
+            }
+    }
+    for (int64_t b = 0, token = 0; b < sequences; token += counts[b++])
+        for (int64_t i = 0; i < counts[b] * heads; ++i) {
+            const float *query = &q[(token * heads + i) * channels], *got = &first[(token * heads + i) * channels];
+            const int64_t base = (b * heads + i % heads) * slots, seen = past[b] + i / heads + 1;
+            std::vector<double> weights(seen), sum(channels);
+            double maximum = -INFINITY, total = 0;
+            for (int64_t j = 0; j < seen; ++j) {
+                for (int64_t c = 0; c < channels; ++c) weights[j] += double(query[c]) * wide[0][(base + j) * channels + c];
+                maximum = std::max(maximum, weights[j] /= std::sqrt(double(channels)));
+            }
+            for (int64_t j = 0; j < seen; ++j) {
+                total += weights[j] = std::exp(weights[j] - maximum);
+                for (int64_t c = 0; c < channels; ++c) sum[c] += weights[j] * wide[1][(base + j) * channels + c];
+            }
+            for (int64_t c = 0; c < channels; ++c)
+                REQUIRE(std::fabs(got[c] - sum[c] / total) < 2e-5, "%g, not %g\n", got[c], sum[c] / total);
+        }
+}
+
 }  // namespace
 
 int main() {
+    for (const Stored stored : {Stored::kFloat32, Stored::kBfloat16, Stored::kInt8})
+        for (const int64_t channels : {1, 12, 16, 80, 96}) test_attention(stored, uniform(1, 3), channels);
     for (const int bits : {4, 8})
         for (const int group : {32, 64, 128}) {
             test_linear(1, 1, 1, bits, group);

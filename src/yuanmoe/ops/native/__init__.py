@@ -4,19 +4,21 @@ A result is the same number, bit for bit, for any thread count, batch, neighbour
 library. Where the library is missing, quantized products go through torch (`ops.quant`): the same arithmetic to within
 float32 rounding, much slower, and a warning says so once. `docs/kernels.md` has the layout, bounds and measurements.
 Not here: gradients; training works on dequantized weights.
-Legend: N tokens, O outputs, I inputs, E experts, F expert width, FF = 2 F, D hidden, K chosen.
+Legend: N tokens, O outputs, I inputs, E experts, F expert width, FF = 2 F, D hidden, K chosen, B sequences, T slots,
+H heads, C head channels.
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from yuanmoe.errors import UsageError
 from yuanmoe.ops import quant
 from yuanmoe.ops.native.choice import available, chosen, kernels, reason, variant
-from yuanmoe.ops.native.library import Kernels
+from yuanmoe.ops.native.library import DTYPES, STORED, Kernels
 from yuanmoe.ops.native.shapes import (
     check_experts,
     check_packed_experts,
@@ -28,6 +30,7 @@ from yuanmoe.ops.native.shapes import (
 from yuanmoe.ops.quant import PackedTensor
 
 __all__ = [
+    "attention",
     "available",
     "bf16_linear",
     "bf16_moe",
@@ -36,6 +39,7 @@ __all__ = [
     "quantized_moe",
     "read_bandwidth",
     "reason",
+    "suits_attention",
     "suits_bf16",
     "variant",
 ]
@@ -118,6 +122,47 @@ def bf16_moe(
     check_routing(x, weights, experts)
     found = _kernels_for_bf16(x, gate_up, down)
     return found.mixture(readable(x), gate_up, down, *readable_routing(weights, experts)).to(x.dtype)
+
+
+def suits_attention(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the kernel takes these: float32 or bfloat16 on the CPU, int8 keys and values too, no gradient."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in DTYPES
+        and keys.dtype == values.dtype
+        and keys.dtype in STORED
+        and keys.is_contiguous()
+        and values.is_contiguous()
+        and not (torch.is_grad_enabled() and q.requires_grad)
+        and available()
+    )
+
+
+def attention(
+    q: Float[Tensor, "N H C"],
+    keys: Shaped[Tensor, "B H T C"],
+    values: Shaped[Tensor, "B H T C"],
+    past: Sequence[int],
+    new: Sequence[int],
+    scales: tuple[Float[Tensor, "B H T"], Float[Tensor, "B H T"]] | None = None,
+) -> Float[Tensor, "N H C"]:
+    """Causal attention of the last `new[b]` tokens of each sequence to all its slots, for what `suits_attention`.
+
+    Slots `past[b]` to `past[b] + new[b]` hold the new tokens themselves; int8 keys and values have a scale each. A
+    query's result is the same number whatever is computed with it.
+    """
+    if not suits_attention(q, keys, values) or (keys.dtype == torch.int8) != (scales is not None):
+        raise UsageError(
+            f"{q.dtype} over {keys.dtype} on {q.device} does not suit the kernel; ask suits_attention first"
+        )
+    longest = max((before + count for before, count in zip(past, new, strict=True)), default=0)
+    if sum(new) != len(q) or len(new) != len(keys) or longest > keys.shape[2] or min((*past, *new), default=0) < 0:
+        raise UsageError(
+            f"{list(new)} new tokens behind {list(past)} do not fit {len(q)} queries and {list(keys.shape)} slots"
+        )
+    found = chosen()
+    assert found is not None, "suits_attention asks for the library"
+    return found.attention(q.contiguous(), keys, values, scales, past, new)
 
 
 def read_bandwidth(size_bytes: int = 1 << 29, runs: int = 5) -> list[float]:

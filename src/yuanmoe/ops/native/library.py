@@ -4,10 +4,12 @@ ctypes because the library then knows neither Python nor torch: one build serves
 cross as pointers. Threads come from the OpenMP runtime that torch itself has loaded, so there is one pool and
 `torch.set_num_threads` counts; where torch has none, from a pool of the library.
 Not here: checks of what users pass, and the choice between kernels and torch (`__init__.py`).
-Legend: N tokens, O outputs, I inputs, E experts, F expert width, D hidden, K chosen.
+Legend: N tokens, O outputs, I inputs, E experts, F expert width, D hidden, K chosen, B sequences, T slots, H heads,
+C head channels.
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Final
@@ -23,6 +25,8 @@ VARIANTS: Final = ("portable", "avx2", "avx512vnni")
 LIBRARY: Final = Path(__file__).with_name("libyuanmoe.so")
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 """Tokens that the kernels read and write as they are."""
+STORED: Final = {**DTYPES, torch.int8: 2}
+"""Keys and values likewise."""
 
 
 class _Call(ctypes.Structure):
@@ -47,6 +51,19 @@ class _Bfloat16(ctypes.Structure):
 
 class _Routing(ctypes.Structure):
     _fields_ = (("tokens", c_int64), ("chosen", c_int64), ("experts", c_void_p), ("weights", c_void_p))
+
+
+class _KeyValues(ctypes.Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("stored", c_int32),
+        ("heads", c_int64),
+        ("slots", c_int64),
+        ("channels", c_int64),
+    )
 
 
 def _stack(weight: PackedTensor | Tensor) -> _Quantized | _Bfloat16:
@@ -76,6 +93,10 @@ _SIGNATURES: Final = {
     "yuanmoe_mixture_bf16": (
         c_int32,
         (_Call, POINTER(_Bfloat16), POINTER(_Bfloat16), POINTER(_Routing), c_void_p, c_void_p),
+    ),
+    "yuanmoe_attention": (
+        c_int32,
+        (_Call, POINTER(_KeyValues), c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     ),
     "yuanmoe_read": (c_uint64, (_Call, c_void_p, c_int64)),
 }
@@ -137,6 +158,27 @@ class Kernels:
         _check(function(self._call(x), first, second, routing, x.data_ptr(), out.data_ptr()), second)
         return out
 
+    def attention(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scales: tuple[Tensor, Tensor] | None,
+        past: Sequence[int],
+        counts: Sequence[int],
+    ) -> Tensor:
+        """Causal attention of the new tokens `q` [N, H, C], `counts[b]` of each sequence, to `keys` and `values`
+        [B, H, T, C], of which `past[b]` were there before; int8 ones have `scales` [B, H, T]."""
+        places = [scale.data_ptr() for scale in scales] if scales else [None, None]
+        cache = _KeyValues(keys.data_ptr(), values.data_ptr(), *places, STORED[keys.dtype], *keys.shape[1:])
+        lengths = (c_int64 * len(past))(*past), (c_int64 * len(past))(*counts)
+        out = torch.empty_like(q)
+        status = self._library.yuanmoe_attention(
+            self._call(q), cache, *lengths, len(past), q.data_ptr(), out.data_ptr()
+        )
+        _check_memory(status)
+        return out
+
     def read(self, data: Tensor) -> None:
         """Reads every byte of `data` once, with all threads."""
         self._library.yuanmoe_read(self._call(None), data.data_ptr(), data.nbytes)
@@ -149,5 +191,9 @@ class Kernels:
 def _check(status: int, matrix: _Quantized | _Bfloat16) -> None:
     if status == 1:
         raise UsageError(f"an expert id is outside 0..{matrix.matrices - 1}, the experts of these weights")
+    _check_memory(status)
+
+
+def _check_memory(status: int) -> None:
     if status == 2:
         raise ResourceError("no memory left for the activations; use fewer tokens at a time")

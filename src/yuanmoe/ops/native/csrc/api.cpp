@@ -76,6 +76,12 @@ YUANMOE_API int32_t yuanmoe_mixture_bf16(YuanmoeCall call, const Bfloat16* gate_
     return guarded([&] { return mixture(inner, *gate_up, *down, *routing, x, out); });
 }
 
+YUANMOE_API int32_t yuanmoe_attention(YuanmoeCall call, const KeyValues* cache, const int64_t* past,
+                                      const int64_t* counts, int64_t sequences, const void* q, void* out) {
+    const Call inner{kernels_of(call.variant), call.threads, static_cast<Dtype>(call.dtype)};
+    return guarded([&] { return attention(inner, *cache, past, counts, sequences, q, out), true; });
+}
+
 // Reads `count` bytes with all threads; the sum keeps the reading from being optimized away.
 YUANMOE_API uint64_t yuanmoe_read(YuanmoeCall call, const uint8_t* bytes, int64_t count) {
     const Cut parts = Cut::of(count, 1 << 20);

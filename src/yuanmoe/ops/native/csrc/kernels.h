@@ -118,6 +118,15 @@ inline void swiglu(float* gate, const float* up, int64_t count) {
     }
 }
 
+// 16 lanes added as a tree: in vectors as long as they last, where gcc 12 would take them apart.
+inline float tree_sum(const float* lanes) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four four[4];
+    std::memcpy(four, lanes, sizeof four);
+    const Four sum = (four[0] + four[2]) + (four[1] + four[3]);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
 // One row: 32 columns a step into two sums of 16 lanes, even and odd columns, added as a tree at the end.
 template <class Lanes>
 float dot_row(const uint16_t* weight, int64_t columns, const float* x) {
@@ -138,9 +147,7 @@ float dot_row(const uint16_t* weight, int64_t columns, const float* x) {
     }
     alignas(64) float lanes[16];
     Lanes::store(lanes, Lanes::add(even, odd));
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
+    return tree_sum(lanes);
 }
 
 template <class Lanes>
@@ -162,6 +169,14 @@ inline uint64_t read(const uint8_t* bytes, int64_t count) {
     return total;
 }
 
+}  // namespace
+}  // namespace yuanmoe
+
+#include "attend.h"
+
+namespace yuanmoe {
+namespace {
+
 template <class Lanes>
 constexpr Kernels kernels() {
     static_assert(Lanes::kTile <= kMaxTile);
@@ -172,6 +187,8 @@ constexpr Kernels kernels() {
             block_of_width<Lanes, 8>,
             swiglu,
             dot_bf16<Lanes>,
+            widen,
+            attend<Lanes>,
             read};
 }
 

@@ -44,6 +44,18 @@ struct Tile {
     int width;         // T
 };
 
+// How keys and values are stored: floats, or codes with one float32 scale a vector.
+enum class Stored : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+constexpr int kKeysAtOnce = 32;   // a block of keys: of 256 channels in float32 they fill a core's first cache
+constexpr int kKeysTogether = 4;  // keys that meet a query in registers
+
+// A softmax on its way over blocks of keys: `sum` is the weighted sum of values, `total` that of the weights.
+struct Softmax {
+    float maximum, total;
+    float* sum;
+};
+
 // One variant: the same arithmetic, bit for bit, for one instruction set.
 struct Kernels {
     int tile;  // the widest tile
@@ -58,6 +70,11 @@ struct Kernels {
     // out[r] = sum of weight[r][i] x[i] over a row-major bf16 matrix; x is in steps of 32 values, in each the even ones
     // before the odd ones, the last step padded with zeros.
     void (*dot_bf16)(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, float* out);
+    // out[j] = vector j in float32, padded with zeros.
+    void (*widen)(const void* from, Stored stored, const float* scales, int64_t count, int64_t channels, int64_t padded,
+                  float* out);
+    // One query over up to kKeysAtOnce keys and values; all are padded to steps of 16 channels.
+    void (*attend)(const float* q, const float* keys, const float* values, int64_t count, int64_t padded, Softmax* state);
     // Reads every byte once, at the speed of memory.
     uint64_t (*read)(const uint8_t* bytes, int64_t count);
 };

@@ -27,6 +27,17 @@ struct Routing {
     const float* weights;
 };
 
+// Keys and values [sequence, head, slot, channel], and where they are codes their scales [sequence, head, slot].
+struct KeyValues {
+    const void *keys, *values;
+    const float *key_scales, *value_scales;
+    Stored stored;
+    int64_t heads, slots, channels;
+
+    // `count` keys or values from vector `first` on in float32.
+    void widen(const Kernels& kernels, bool of_values, int64_t first, int64_t count, int64_t padded, float* out) const;
+};
+
 // out[n, o] = sum over i of weight[o, i] x[n, i]
 void linear(const Call& call, const Quantized& weight, const void* x, int64_t tokens, void* out);
 void linear(const Call& call, const Bfloat16& weight, const void* x, int64_t tokens, void* out);
@@ -37,5 +48,10 @@ bool mixture(const Call& call, const Quantized& gate_up, const Quantized& down, 
              void* out);
 bool mixture(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, const Routing& routing, const void* x,
              void* out);
+
+// Causal attention of the last counts[b] tokens of each sequence to all its past[b] + counts[b] slots; q and out are
+// [token, head, channel], the tokens of a sequence together. Scores are scaled by 1 / sqrt(channels).
+void attention(const Call& call, const KeyValues& cache, const int64_t* past, const int64_t* counts, int64_t sequences,
+               const void* q, void* out);
 
 }  // namespace yuanmoe

@@ -1,0 +1,91 @@
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "operations.h"
+#include "threads.h"
+
+namespace yuanmoe {
+namespace {
+
+constexpr int64_t kQueriesAtOnce = 16;  // that meet keys and values widened once
+
+// Consecutive new tokens of a sequence: `token` is the first of all tokens, `visible` the slots that it sees.
+struct Queries {
+    int64_t sequence, token, count, visible;
+};
+
+std::vector<Queries> cut(const int64_t* past, const int64_t* counts, int64_t sequences) {
+    std::vector<Queries> out;
+    for (int64_t sequence = 0, token = 0; sequence < sequences; token += counts[sequence++])
+        for (int64_t first = 0; first < counts[sequence]; first += kQueriesAtOnce)
+            out.push_back({sequence, token + first, std::min(kQueriesAtOnce, counts[sequence] - first),
+                           past[sequence] + first + 1});
+    return out;
+}
+
+// What one thread needs for one head: a block of keys and of values, queries and their sums, all in float32.
+struct Workspace {
+    explicit Workspace(int64_t padded) : padded(padded), data(2 * (kKeysAtOnce + kQueriesAtOnce) * padded) {}
+
+    float* keys() { return data.data(); }
+    float* values() { return keys() + kKeysAtOnce * padded; }
+    float* query(int64_t t) { return values() + (kKeysAtOnce + t) * padded; }
+    float* sum(int64_t t) { return query(kQueriesAtOnce + t); }
+
+    int64_t padded;
+    std::vector<float> data;
+};
+
+void attend_head(const Call& call, const KeyValues& cache, const Queries& queries, int64_t head, const void* q,
+                 void* out) {
+    const int64_t channels = cache.channels, padded = (channels + 15) / 16 * 16;
+    static thread_local Workspace reused(0);
+    if (reused.padded != padded) reused = Workspace(padded);
+    Workspace& space = reused;
+    Softmax states[kQueriesAtOnce];
+    const float scale = 1.0f / std::sqrt(static_cast<float>(channels));
+    for (int64_t t = 0; t < queries.count; ++t) {
+        float* query = space.query(t);
+        read_values(q, call.dtype, ((queries.token + t) * cache.heads + head) * channels, channels, query);
+        for (int64_t i = 0; i < channels; ++i) query[i] *= scale;
+        std::fill_n(space.sum(t), padded, 0.0f);
+        states[t] = {-INFINITY, 0.0f, space.sum(t)};
+    }
+    const int64_t vectors = (queries.sequence * cache.heads + head) * cache.slots;
+    const int64_t last = queries.visible + queries.count - 1;
+    for (int64_t start = 0; start < last; start += kKeysAtOnce) {
+        const int64_t count = std::min<int64_t>(kKeysAtOnce, last - start);
+        cache.widen(*call.kernels, false, vectors + start, count, padded, space.keys());
+        cache.widen(*call.kernels, true, vectors + start, count, padded, space.values());
+        for (int64_t t = 0; t < queries.count; ++t) {
+            const int64_t seen = std::min(count, queries.visible + t - start);
+            if (seen > 0) call.kernels->attend(space.query(t), space.keys(), space.values(), seen, padded, &states[t]);
+        }
+    }
+    for (int64_t t = 0; t < queries.count; ++t) {
+        float* sum = space.sum(t);
+        for (int64_t i = 0; i < channels; ++i) sum[i] /= states[t].total;
+        write_values(out, call.dtype, ((queries.token + t) * cache.heads + head) * channels, channels, sum);
+    }
+}
+
+}  // namespace
+
+void KeyValues::widen(const Kernels& kernels, bool of_values, int64_t first, int64_t count, int64_t padded,
+                      float* out) const {
+    const int64_t bytes = stored == Stored::kFloat32 ? 4 : stored == Stored::kBfloat16 ? 2 : 1;
+    const char* from = static_cast<const char*>(of_values ? values : keys) + first * channels * bytes;
+    const float* scales = stored == Stored::kInt8 ? (of_values ? value_scales : key_scales) + first : nullptr;
+    kernels.widen(from, stored, scales, count, channels, padded, out);
+}
+
+void attention(const Call& call, const KeyValues& cache, const int64_t* past, const int64_t* counts, int64_t sequences,
+               const void* q, void* out) {
+    const std::vector<Queries> all = cut(past, counts, sequences);
+    const int64_t units = all.size() * cache.heads;
+    const auto unit = [&](int64_t i) { attend_head(call, cache, all[i / cache.heads], i % cache.heads, q, out); };
+    run(call.threads, {phase(units, unit)});
+}
+
+}  // namespace yuanmoe
