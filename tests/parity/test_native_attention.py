@@ -69,10 +69,57 @@ def test_a_query_is_the_same_alone_and_among_others_on_any_number_of_threads():
         assert torch.equal(alone[0], together[token])
 
 
+def in_pages(slots: Slots, size: int, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The slots [B, H, T, C] as pages of `size` slots, page i of them at place order[i]."""
+
+    def paged(whole: torch.Tensor) -> torch.Tensor:
+        pages = whole.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+        return torch.empty_like(pages).index_copy_(0, order, pages).contiguous()
+
+    return paged(slots.values), None if slots.scales is None else paged(slots.scales)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("size", [32, 64, 192])
+@torch.inference_mode()
+def test_pages_in_any_order_give_the_very_numbers_of_one_run_of_memory(dtype, size):
+    torch.manual_seed(0)
+    keys, values = filled(3, 2, 192, 40, dtype)
+    past, new = [100, 0, 31], [70, 33, 2]
+    q = torch.randn(sum(new), 2, 40)
+    whole = attend(q, keys, values, past, new)
+    order = torch.randperm(3 * 192 // size)
+    (k, k_scales), (v, v_scales) = (in_pages(slots, size, order) for slots in (keys, values))
+    table = order.view(3, -1).to(torch.int32)
+    for row, length in enumerate(map(sum, zip(past, new, strict=True))):
+        table[row, -(-length // size) :] = -1  # nobody reads these
+    scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
+    assert torch.equal(native.attention(q, k, v, past, new, scales, table), whole)
+
+
+def test_page_tables_that_do_not_fit_are_refused():
+    q, storage = torch.randn(3, 2, 16), torch.randn(4, 2, 32, 16)
+
+    def attention(table, kv=storage, past=(40,)):
+        return native.attention(q, kv, kv, past, [3], None, table)
+
+    table = torch.tensor([[3, 1]], dtype=torch.int32)
+    assert attention(table).isfinite().all()
+    for bad in (torch.tensor([[3, 4]], dtype=torch.int32), torch.tensor([[-1, 1]], dtype=torch.int32)):
+        with pytest.raises(UsageError, match=r"a page is outside 0\.\.3"):
+            attention(bad)
+    with pytest.raises(UsageError, match=r"a page table \[1, 2\] of torch.int64 on cpu; it must be"):
+        attention(table.long())
+    with pytest.raises(UsageError, match="pages of 20 slots; several pages a sequence must hold a multiple of 32"):
+        attention(table, storage[:, :, :20].contiguous())
+    with pytest.raises(UsageError, match=r"\[3\] new tokens behind \[62\] do not fit 3 queries and 1 x 64 slots"):
+        attention(table, past=(62,))
+
+
 def test_what_does_not_suit_is_refused_before_pointers_cross():
     keys, values = filled(1, 2, 10, 16, torch.float32)
     q = torch.randn(3, 2, 16)
-    with pytest.raises(UsageError, match=r"\[4\] new tokens behind \[6\] do not fit 3 queries and \[1, 2"):
+    with pytest.raises(UsageError, match=r"\[4\] new tokens behind \[6\] do not fit 3 queries and 1 x 10"):
         native.attention(q, keys.values, values.values, [6], [4])
     with pytest.raises(UsageError, match=r"\[3\] new tokens behind \[8\] do not fit"):
         native.attention(q, keys.values, values.values, [8], [3])

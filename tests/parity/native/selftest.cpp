@@ -182,10 +182,42 @@ void test_mixture(const Weights& gate_up, const Weights& down, int64_t tokens, i
     }
 }
 
-// Against the plain formula in double; each query alone, in any variant and beside any others gives the same number.
+// The same slots in pages of `slots` each, the last one where the first would be; behind them a page that nobody has.
+struct Paged {
+    std::vector<char> storage[2];
+    std::vector<float> scales[2];
+    std::vector<int32_t> table;
+    KeyValues cache;
+
+    Paged(const KeyValues& whole, int64_t slots, int64_t bytes) : cache(whole) {
+        cache.table_width = whole.slots / slots, cache.slots = slots;
+        const int64_t used = whole.pages * cache.table_width, run = slots * whole.channels * bytes;
+        cache.pages = used + 1;
+        for (int64_t page = 0; page < used; ++page) table.push_back(static_cast<int32_t>(used - 1 - page));
+        for (int which = 0; which < 2; ++which) {
+            const char* from = static_cast<const char*>(which ? whole.values : whole.keys);
+            const float* from_scales = which ? whole.value_scales : whole.key_scales;
+            storage[which].resize(cache.pages * whole.heads * run);
+            scales[which].resize(cache.pages * whole.heads * slots);
+            for (int64_t page = 0; page < used; ++page)
+                for (int64_t head = 0; head < whole.heads; ++head) {
+                    const int64_t sequence = page / cache.table_width, part = page % cache.table_width;
+                    const int64_t source = (sequence * whole.heads + head) * cache.table_width + part;
+                    const int64_t target = table[page] * whole.heads + head;
+                    std::memcpy(&storage[which][target * run], from + source * run, run);
+                    std::memcpy(&scales[which][target * slots], from_scales + source * slots, slots * 4);
+                }
+        }
+        cache.table = table.data(), cache.keys = storage[0].data(), cache.values = storage[1].data();
+        cache.key_scales = scales[0].data(), cache.value_scales = scales[1].data();
+    }
+};
+
+// Against the plain formula in double; each query alone, in any variant and beside any others gives the same number, in
+// pages too.
 void test_attention(Stored stored, int64_t heads, int64_t channels) {
     const std::vector<int64_t> past{0, 37, 5, 64}, counts{uniform(1, 40), 1, 0, uniform(1, 3)};
-    const int64_t sequences = past.size(), slots = 80;
+    const int64_t sequences = past.size(), slots = 96;
     int64_t tokens = 0;
     for (const int64_t count : counts) tokens += count;
     const int64_t bytes = stored == Stored::kFloat32 ? 4 : stored == Stored::kBfloat16 ? 2 : 1;
@@ -211,13 +243,16 @@ void test_attention(Stored stored, int64_t heads, int64_t channels) {
             wide[which].push_back(value);
         }
     }
-    const KeyValues cache{storage[0].data(), storage[1].data(), scales[0].data(), scales[1].data(), stored, heads,
-                          slots, channels};
+    const KeyValues cache{storage[0].data(), storage[1].data(), scales[0].data(), scales[1].data(), nullptr, stored,
+                          sequences, heads, slots, channels, 1};
+    Paged paged(cache, 32, bytes);
     for (const Call& call : calls()) {
         std::vector<float> out(tokens * heads * channels);
-        attention(call, cache, past.data(), counts.data(), sequences, q.data(), out.data());
+        REQUIRE(attention(call, cache, past.data(), counts.data(), sequences, q.data(), out.data()), "pages\n");
         if (first.empty()) first = out;
         REQUIRE(same(out, first), "variants differ: %ld heads, %ld channels\n", long(heads), long(channels));
+        REQUIRE(attention(call, paged.cache, past.data(), counts.data(), sequences, q.data(), out.data()), "pages\n");
+        REQUIRE(same(out, first), "pages matter: %ld heads, %ld channels\n", long(heads), long(channels));
         for (int64_t b = 0, token = 0; b < sequences; token += counts[b++])
             for (int64_t t = 0; t < counts[b]; ++t) {
                 std::vector<int64_t> before(past), one(sequences, 0);
@@ -227,6 +262,11 @@ void test_attention(Stored stored, int64_t heads, int64_t channels) {
                 attention(call, cache, before.data(), one.data(), sequences, &q[at], alone.data());
                 REQUIRE(std::memcmp(alone.data(), &out[at], alone.size() * 4) == 0, "neighbours matter\n");
             }
+    }
+    for (const int64_t page : {int64_t(-1), paged.cache.pages}) {
+        paged.table[1 * paged.cache.table_width + 1] = static_cast<int32_t>(page);
+        std::vector<float> out(q.size());
+        REQUIRE(!attention(calls()[0], paged.cache, past.data(), counts.data(), sequences, q.data(), out.data()), "page\n");
     }
     for (int64_t b = 0, token = 0; b < sequences; token += counts[b++])
         for (int64_t i = 0; i < counts[b] * heads; ++i) {

@@ -4,8 +4,8 @@ A result is the same number, bit for bit, for any thread count, batch, neighbour
 library. Where the library is missing, quantized products go through torch (`ops.quant`): the same arithmetic to within
 float32 rounding, much slower, and a warning says so once. `docs/kernels.md` has the layout, bounds and measurements.
 Not here: gradients; training works on dequantized weights.
-Legend: N tokens, O outputs, I inputs, E experts, F expert width, FF = 2 F, D hidden, K chosen, B sequences, T slots,
-H heads, C head channels.
+Legend: N tokens, O outputs, I inputs, E experts, F expert width, FF = 2 F, D hidden, K chosen, B sequences, P slots of
+a page, M pages of a sequence, H heads, C head channels.
 """
 
 import time
@@ -20,7 +20,9 @@ from yuanmoe.ops import quant
 from yuanmoe.ops.native.choice import available, chosen, kernels, reason, variant
 from yuanmoe.ops.native.library import DTYPES, STORED, Kernels
 from yuanmoe.ops.native.shapes import (
+    PAGE_SLOTS,
     check_experts,
+    check_lengths,
     check_packed_experts,
     check_routing,
     check_tokens,
@@ -30,6 +32,7 @@ from yuanmoe.ops.native.shapes import (
 from yuanmoe.ops.quant import PackedTensor
 
 __all__ = [
+    "PAGE_SLOTS",
     "attention",
     "available",
     "bf16_linear",
@@ -140,29 +143,30 @@ def suits_attention(q: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 def attention(
     q: Float[Tensor, "N H C"],
-    keys: Shaped[Tensor, "B H T C"],
-    values: Shaped[Tensor, "B H T C"],
+    keys: Shaped[Tensor, "pages H P C"],
+    values: Shaped[Tensor, "pages H P C"],
     past: Sequence[int],
     new: Sequence[int],
-    scales: tuple[Float[Tensor, "B H T"], Float[Tensor, "B H T"]] | None = None,
+    scales: tuple[Float[Tensor, "pages H P"], Float[Tensor, "pages H P"]] | None = None,
+    pages: Int[Tensor, "B M"] | None = None,
 ) -> Float[Tensor, "N H C"]:
     """Causal attention of the last `new[b]` tokens of each sequence to all its slots, for what `suits_attention`.
 
-    Slots `past[b]` to `past[b] + new[b]` hold the new tokens themselves; int8 keys and values have a scale each. A
-    query's result is the same number whatever is computed with it.
+    Slot t of sequence b is slot t % P of page `pages[b, t // P]`; the table is int32, contiguous and on the CPU, its
+    entries behind the last filled slot are not read, and sequences may share pages. P is a multiple of PAGE_SLOTS,
+    unless no sequence has more than one page. Without a table page b is sequence b. Slots `past[b]` to
+    `past[b] + new[b]` hold the new tokens themselves; int8 keys and values have a scale each. A query's result is the
+    same number, bit for bit, whatever is computed with it and however its slots lie.
+    Raises UsageError for what does not fit, pages outside the storage included.
     """
     if not suits_attention(q, keys, values) or (keys.dtype == torch.int8) != (scales is not None):
         raise UsageError(
             f"{q.dtype} over {keys.dtype} on {q.device} does not suit the kernel; ask suits_attention first"
         )
-    longest = max((before + count for before, count in zip(past, new, strict=True)), default=0)
-    if sum(new) != len(q) or len(new) != len(keys) or longest > keys.shape[2] or min((*past, *new), default=0) < 0:
-        raise UsageError(
-            f"{list(new)} new tokens behind {list(past)} do not fit {len(q)} queries and {list(keys.shape)} slots"
-        )
+    check_lengths(len(q), keys.shape, past, new, pages)
     found = chosen()
     assert found is not None, "suits_attention asks for the library"
-    return found.attention(q.contiguous(), keys, values, scales, past, new)
+    return found.attention(q.contiguous(), keys, values, scales, past, new, pages)
 
 
 def read_bandwidth(size_bytes: int = 1 << 29, runs: int = 5) -> list[float]:

@@ -4,8 +4,8 @@ ctypes because the library then knows neither Python nor torch: one build serves
 cross as pointers. Threads come from the OpenMP runtime that torch itself has loaded, so there is one pool and
 `torch.set_num_threads` counts; where torch has none, from a pool of the library.
 Not here: checks of what users pass, and the choice between kernels and torch (`__init__.py`).
-Legend: N tokens, O outputs, I inputs, E experts, F expert width, D hidden, K chosen, B sequences, T slots, H heads,
-C head channels.
+Legend: N tokens, O outputs, I inputs, E experts, F expert width, D hidden, K chosen, B sequences, P slots of a page,
+M pages of a sequence, H heads, C head channels.
 """
 
 import ctypes
@@ -59,10 +59,13 @@ class _KeyValues(ctypes.Structure):
         ("values", c_void_p),
         ("key_scales", c_void_p),
         ("value_scales", c_void_p),
+        ("table", c_void_p),
         ("stored", c_int32),
+        ("pages", c_int64),
         ("heads", c_int64),
         ("slots", c_int64),
         ("channels", c_int64),
+        ("table_width", c_int64),
     )
 
 
@@ -166,16 +169,21 @@ class Kernels:
         scales: tuple[Tensor, Tensor] | None,
         past: Sequence[int],
         counts: Sequence[int],
+        pages: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of the new tokens `q` [N, H, C], `counts[b]` of each sequence, to `keys` and `values`
-        [B, H, T, C], of which `past[b]` were there before; int8 ones have `scales` [B, H, T]."""
+        [pages, H, P, C], of which `past[b]` were there before; int8 ones have `scales` [pages, H, P]. `pages` [B, M]
+        int32 is whose pages they are; without it a sequence is a page."""
         places = [scale.data_ptr() for scale in scales] if scales else [None, None]
-        cache = _KeyValues(keys.data_ptr(), values.data_ptr(), *places, STORED[keys.dtype], *keys.shape[1:])
+        table, width = (None, 1) if pages is None else (pages.data_ptr(), pages.shape[1])
+        cache = _KeyValues(keys.data_ptr(), values.data_ptr(), *places, table, STORED[keys.dtype], *keys.shape, width)
         lengths = (c_int64 * len(past))(*past), (c_int64 * len(past))(*counts)
         out = torch.empty_like(q)
         status = self._library.yuanmoe_attention(
             self._call(q), cache, *lengths, len(past), q.data_ptr(), out.data_ptr()
         )
+        if status == 1:
+            raise UsageError(f"a page is outside 0..{len(keys) - 1}, the pages of these keys and values")
         _check_memory(status)
         return out
 

@@ -1,7 +1,9 @@
 """What fits together: checks of tokens, weights and routing before pointers cross into the library.
 
-Legend: N tokens, D hidden, E experts, F expert width, K chosen.
+Legend: N tokens, D hidden, E experts, F expert width, K chosen, B sequences, P slots of a page.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 from yuanmoe.errors import UsageError
 from yuanmoe.ops.native.library import DTYPES
 from yuanmoe.ops.quant import PackedTensor
+
+PAGE_SLOTS = 32
+"""Pages hold a multiple of so many keys, which the attention kernel takes at once (`kKeysAtOnce` in csrc/layout.h)."""
 
 
 def check_tokens(x: Tensor, in_features: int, *weights: Tensor) -> None:
@@ -42,6 +47,28 @@ def check_routing(x: Tensor, weights: Tensor, experts: Tensor) -> None:
         raise UsageError(
             f"tokens {list(x.shape)}, weights {list(weights.shape)} and experts {list(experts.shape)} do not fit; "
             "they must be [N, D], [N, K] and [N, K]"
+        )
+
+
+def check_lengths(
+    tokens: int, storage: Sequence[int], past: Sequence[int], new: Sequence[int], pages: Tensor | None
+) -> None:
+    """Raises UsageError unless `new` tokens behind `past` are all tokens and fit the storage [pages, H, P, C]."""
+    slots = storage[2]
+    if pages is not None:
+        if (pages.dtype, pages.device.type, pages.ndim) != (torch.int32, "cpu", 2) or not pages.is_contiguous():
+            raise UsageError(
+                f"a page table {list(pages.shape)} of {pages.dtype} on {pages.device}; "
+                "it must be [sequences, pages], int32, contiguous and on the CPU"
+            )
+        if slots % PAGE_SLOTS and pages.shape[1] > 1:
+            raise UsageError(f"pages of {slots} slots; several pages a sequence must hold a multiple of {PAGE_SLOTS}")
+        slots *= pages.shape[1]
+    sequences = storage[0] if pages is None else len(pages)
+    longest = max((before + count for before, count in zip(past, new, strict=True)), default=0)
+    if sum(new) != tokens or len(new) != sequences or longest > slots or min((*past, *new), default=0) < 0:
+        raise UsageError(
+            f"{list(new)} new tokens behind {list(past)} do not fit {tokens} queries and {sequences} x {slots} slots"
         )
 
 

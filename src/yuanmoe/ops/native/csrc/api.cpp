@@ -10,7 +10,7 @@ using namespace yuanmoe;
 namespace {
 
 enum Variant : int32_t { kVariantPortable = 0, kVariantAvx2 = 1, kVariantAvx512 = 2 };
-enum Status : int32_t { kDone = 0, kBadExpert = 1, kNoMemory = 2 };
+enum Status : int32_t { kDone = 0, kBadIndex = 1, kNoMemory = 2 };
 
 const Kernels* kernels_of(int32_t variant) {
 #if defined(__x86_64__)
@@ -23,7 +23,7 @@ const Kernels* kernels_of(int32_t variant) {
 template <class Operation>
 int32_t guarded(const Operation& operation) {
     try {
-        return operation() ? kDone : kBadExpert;
+        return operation() ? kDone : kBadIndex;
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     }
@@ -79,7 +79,7 @@ YUANMOE_API int32_t yuanmoe_mixture_bf16(YuanmoeCall call, const Bfloat16* gate_
 YUANMOE_API int32_t yuanmoe_attention(YuanmoeCall call, const KeyValues* cache, const int64_t* past,
                                       const int64_t* counts, int64_t sequences, const void* q, void* out) {
     const Call inner{kernels_of(call.variant), call.threads, static_cast<Dtype>(call.dtype)};
-    return guarded([&] { return attention(inner, *cache, past, counts, sequences, q, out), true; });
+    return guarded([&] { return attention(inner, *cache, past, counts, sequences, q, out); });
 }
 
 // Reads `count` bytes with all threads; the sum keeps the reading from being optimized away.

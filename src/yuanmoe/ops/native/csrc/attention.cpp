@@ -52,12 +52,12 @@ void attend_head(const Call& call, const KeyValues& cache, const Queries& querie
         std::fill_n(space.sum(t), padded, 0.0f);
         states[t] = {-INFINITY, 0.0f, space.sum(t)};
     }
-    const int64_t vectors = (queries.sequence * cache.heads + head) * cache.slots;
     const int64_t last = queries.visible + queries.count - 1;
     for (int64_t start = 0; start < last; start += kKeysAtOnce) {
         const int64_t count = std::min<int64_t>(kKeysAtOnce, last - start);
-        cache.widen(*call.kernels, false, vectors + start, count, padded, space.keys());
-        cache.widen(*call.kernels, true, vectors + start, count, padded, space.values());
+        const int64_t first = cache.vector(queries.sequence, head, start);
+        cache.widen(*call.kernels, false, first, count, padded, space.keys());
+        cache.widen(*call.kernels, true, first, count, padded, space.values());
         for (int64_t t = 0; t < queries.count; ++t) {
             const int64_t seen = std::min(count, queries.visible + t - start);
             if (seen > 0) call.kernels->attend(space.query(t), space.keys(), space.values(), seen, padded, &states[t]);
@@ -70,6 +70,14 @@ void attend_head(const Call& call, const KeyValues& cache, const Queries& querie
     }
 }
 
+bool has_pages(const KeyValues& cache, int64_t sequence, int64_t slots) {
+    for (int64_t slot = 0; slot < slots; slot += cache.slots) {
+        const int64_t page = cache.page(sequence, slot);
+        if (page < 0 || page >= cache.pages) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 void KeyValues::widen(const Kernels& kernels, bool of_values, int64_t first, int64_t count, int64_t padded,
@@ -80,12 +88,15 @@ void KeyValues::widen(const Kernels& kernels, bool of_values, int64_t first, int
     kernels.widen(from, stored, scales, count, channels, padded, out);
 }
 
-void attention(const Call& call, const KeyValues& cache, const int64_t* past, const int64_t* counts, int64_t sequences,
+bool attention(const Call& call, const KeyValues& cache, const int64_t* past, const int64_t* counts, int64_t sequences,
                const void* q, void* out) {
+    for (int64_t sequence = 0; sequence < sequences; ++sequence)
+        if (counts[sequence] && !has_pages(cache, sequence, past[sequence] + counts[sequence])) return false;
     const std::vector<Queries> all = cut(past, counts, sequences);
     const int64_t units = all.size() * cache.heads;
     const auto unit = [&](int64_t i) { attend_head(call, cache, all[i / cache.heads], i % cache.heads, q, out); };
     run(call.threads, {phase(units, unit)});
+    return true;
 }
 
 }  // namespace yuanmoe

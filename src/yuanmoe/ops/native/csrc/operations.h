@@ -27,12 +27,23 @@ struct Routing {
     const float* weights;
 };
 
-// Keys and values [sequence, head, slot, channel], and where they are codes their scales [sequence, head, slot].
+// Keys and values [page, head, slot, channel], and where they are codes their scales [page, head, slot]. The slots of a
+// sequence are those of its pages in the order of `table` [sequence, table_width]; without a table a sequence is a page.
+// A page holds whole blocks of kKeysAtOnce keys, or all that its sequence can have.
 struct KeyValues {
     const void *keys, *values;
     const float *key_scales, *value_scales;
+    const int32_t* table;
     Stored stored;
-    int64_t heads, slots, channels;
+    int64_t pages, heads, slots, channels, table_width;
+
+    int64_t page(int64_t sequence, int64_t slot) const {
+        return table ? table[sequence * table_width + slot / slots] : sequence;
+    }
+    // Where a slot of a sequence lies among all vectors.
+    int64_t vector(int64_t sequence, int64_t head, int64_t slot) const {
+        return (page(sequence, slot) * heads + head) * slots + slot % slots;
+    }
 
     // `count` keys or values from vector `first` on in float32.
     void widen(const Kernels& kernels, bool of_values, int64_t first, int64_t count, int64_t padded, float* out) const;
@@ -50,8 +61,9 @@ bool mixture(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, co
              void* out);
 
 // Causal attention of the last counts[b] tokens of each sequence to all its past[b] + counts[b] slots; q and out are
-// [token, head, channel], the tokens of a sequence together. Scores are scaled by 1 / sqrt(channels).
-void attention(const Call& call, const KeyValues& cache, const int64_t* past, const int64_t* counts, int64_t sequences,
+// [token, head, channel], the tokens of a sequence together. Scores are scaled by 1 / sqrt(channels). False if a page
+// that holds a slot is not in [0, pages).
+bool attention(const Call& call, const KeyValues& cache, const int64_t* past, const int64_t* counts, int64_t sequences,
                const void* q, void* out);
 
 }  // namespace yuanmoe
