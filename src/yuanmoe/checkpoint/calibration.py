@@ -8,7 +8,7 @@ Legend: N tokens of the text, D hidden, I inputs of a weight, E experts.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,6 @@ WINDOW = 2048
 """Tokens of the text that are read together, where the model's context allows."""
 LARGEST_INPUTS = 16_384
 """Beyond, the moments of a weight and their inverse take more than 2 GiB; such weights are rounded as by `mse`."""
-SCARCE = 8
-"""A weight that met fewer tokens than inputs / 8 gains nothing measurable from them."""
 ROUNDED_AT_ONCE = 1 << 26
 """Weights whose errors are made up for together."""
 
@@ -73,8 +71,8 @@ class Calibration:
         self._index = 0
         self._open: _OpenLayer | None = None
         self._found: tuple[str, int, Compensation] | None = None
-        self.scarce: dict[tuple[str, int], int] = {}
-        """Experts' weights that met too few tokens, and how many."""
+        self.tokens: dict[str, dict[int, int]] = {}
+        """How many of the text each weight met, by expert."""
 
     def covers(self, name: str) -> bool:
         """Whether the text says anything about a weight: it is inside a layer and not too wide."""
@@ -86,8 +84,7 @@ class Calibration:
         if self._found is None or self._found[:2] != (name, expert):
             self._found = None  # Two at a time would not fit.
             moments = self._moments(name, expert)
-            if moments.tokens * SCARCE < len(moments.total):
-                self.scarce[name, expert] = moments.tokens
+            self.tokens.setdefault(name, {})[expert] = moments.tokens
             self._found = (name, expert, compensation(*moments))
         return self._found[2]
 
@@ -186,3 +183,7 @@ class Calibrated(Encoder):
         weight = self.weight(matrix, first, last)
         found = quantize_compensated(weight, spread, self.form.bits, self.form.group_size)
         return found, measure(weight, found)
+
+    def facts(self) -> dict[str, Any]:
+        tokens = self._calibration.tokens[self._name]
+        return {"tokens": [tokens[expert] for expert in sorted(tokens)]}

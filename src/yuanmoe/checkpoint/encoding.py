@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class Encoder(ABC):
     def encode(self, matrix: int, first: int, last: int) -> tuple[QuantizedTensor, Noise]:
         """Rows [first, last) of a matrix; called by several threads."""
 
+    def facts(self) -> dict[str, Any]:
+        """What is worth remembering besides the noise, as JSON values, once the whole weight is encoded."""
+        return {}
+
 
 class Rounded(Encoder):
     """To the nearest code, with scales by `method`."""
@@ -95,6 +99,9 @@ class Kept(Encoder):
         codes, scales = (torch.cat(same) for same in zip(*parts, strict=True))
         found = QuantizedTensor(codes=codes, scales=scales, bits=self.form.bits, group_size=self.form.group_size)
         return found, Noise(dequantize(found).square().sum(dtype=torch.float64).item(), 0.0)
+
+    def facts(self) -> dict[str, Any]:
+        return {"kept": True}
 
 
 def keeps(tensor: LazyTensor, form: PackedFormat) -> bool:
@@ -135,14 +142,17 @@ class EncodedWeight:
         """`pool` encodes up to `ahead` pieces before they are written."""
         self._encoder, self._pool, self._ahead = encoder, pool, ahead
         self._scales: list[Tensor] = []
-        self.noise: list[Noise] = []
-        """Of each matrix, once all codes were computed."""
+        self._noise: list[Noise] = []
 
     def lazy(self) -> tuple[LazyTensor, LazyTensor]:
         """Codes and scales, to be written in this order."""
         form = self._encoder.form
         codes = Computed(shape=form.codes_shape, dtype=torch.uint8, compute=self._compute_codes)
         return codes, Computed(shape=form.scales_shape, dtype=torch.float16, compute=self._take_scales)
+
+    def facts(self) -> dict[str, Any]:
+        """What was lost of each matrix, and what the encoder knows; once all codes were computed."""
+        return {"noise": [[float(f"{x:.7g}") for x in noise] for noise in self._noise]} | self._encoder.facts()
 
     def _compute_codes(self) -> Iterator[Tensor]:
         form, step = self._encoder.form, self._encoder.rows_at_once
@@ -151,13 +161,13 @@ class EncodedWeight:
             for matrix in range(form.matrices)
             for first in range(0, form.rows, step)
         ]
-        self._scales, self.noise = [], [Noise(0.0, 0.0)] * form.matrices
+        self._scales, self._noise = [], [Noise(0.0, 0.0)] * form.matrices
         encoded = in_order(self._pool, self._encode, pieces, self._ahead)
         if self._encoder.alone:
             encoded = map(self._encode, pieces)
         for (matrix, *_), (packed, noise) in zip(pieces, encoded, strict=True):
             self._scales.append(packed.scales.flatten())
-            self.noise[matrix] += noise
+            self._noise[matrix] += noise
             yield packed.codes.flatten()
 
     def _encode(self, piece: tuple[int, int, int]) -> tuple[PackedTensor, Noise]:

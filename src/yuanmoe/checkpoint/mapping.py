@@ -5,8 +5,8 @@ by head, experts are separate matrices, convolutions keep their taps last, and a
 is applied to (spec 1.3, 1.4, 1.8 to 1.10, 3.1 to 3.3). Both layouts hold the same numbers, so the whole mapping is one
 list of spans, read in either direction; what comes back is bit for bit what went in.
 
-Architectures that were never released get natural names: `mlp.gate.weight` for a linear router,
-`mlp.shared_experts.w1` / `.w2` for shared experts; a layer without filtering has no `lf_gate`.
+Architectures that were never released get natural names: `mlp.gate.weight` for a linear router, `mlp.gate.bias` for
+what balances one, `mlp.shared_experts.w1` / `.w2` for shared experts; a layer without filtering has no `lf_gate`.
 Legend: D hidden, C = heads x head_dim, E experts, F expert width, I dense width, V vocabulary, S shared experts.
 Not here: config.json (`official_config.py`), Megatron's names (`megatron.py`), packed weights (`gptq.py`).
 """
@@ -122,6 +122,8 @@ def _experts(table: Layout, prefix: str, config: ModelConfig, experts: int) -> N
         table.join(f"{prefix}.router.weight", (3 * E, D), parts)
     else:
         table.rename(f"{prefix}.router.weight", (E, D), f"{prefix}.gate.weight")
+    if config.router_bias:
+        table.rename(f"{prefix}.router.bias", (E,), f"{prefix}.gate.bias")
     ups = {f"{prefix}.experts.{expert}.w1.weight": (2 * F, D) for expert in range(E)}
     downs = {f"{prefix}.experts.{expert}.w2.weight": (D, F) for expert in range(E)}
     table.join(f"{prefix}.experts.gate_up_proj", (E, 2 * F, D), ups)

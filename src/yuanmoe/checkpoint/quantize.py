@@ -1,19 +1,18 @@
 """Write a checkpoint of any format in 4 or 8 bits, in the layout of the kernels, without ever holding it.
 
-Weights stream through as they are written: some rows at a time, on all cores, so that memory stays bounded whatever
-their sizes; the first shard that is not finished is where an interrupted run goes on.
+`prepare` says what would be written before anything is spent. Weights then stream through as they are written: some
+rows at a time, on all cores, so that memory stays bounded whatever their sizes; the first shard that is not finished is
+where an interrupted run goes on.
 Not here: the policy and the layout (`packed_weight.py`), rounding (`encoding.py`, `calibration.py`), writing
-(`writer.py`), how much worse a model got (`studies/quality.py`).
+(`writer.py`), what was lost (`quantization_report.py`, `studies/quality.py`).
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
@@ -21,12 +20,13 @@ import torch
 
 from yuanmoe.checkpoint import gptq
 from yuanmoe.checkpoint.calibration import Calibrated, Calibration
-from yuanmoe.checkpoint.encoding import EncodedWeight, Encoder, Kept, Noise, Rounded, keeps
+from yuanmoe.checkpoint.encoding import EncodedWeight, Encoder, Kept, Rounded, keeps
 from yuanmoe.checkpoint.folder import check_apart
 from yuanmoe.checkpoint.lazy import LazyTensor, main_dtype
 from yuanmoe.checkpoint.mapping import layout
 from yuanmoe.checkpoint.native_config import native_config
 from yuanmoe.checkpoint.packed_weight import packed_formats, policy, quantization_record
+from yuanmoe.checkpoint.quantization_report import REPORT, read_report, report_of
 from yuanmoe.checkpoint.save import contents_of
 from yuanmoe.checkpoint.store import Source, open_checkpoint
 from yuanmoe.checkpoint.writer import WriteOptions, Written, write_checkpoint
@@ -42,16 +42,39 @@ SHARD_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
-    """What was written, and what it lost: `noise` by weight, one for each matrix of a stack."""
+class Job:
+    """A checkpoint and how it is to be quantized; of its weights nothing was read yet."""
 
-    written: Written
+    source: Source
     precision: Precision
     method: Method
-    noise: dict[str, list[Noise]]
-    source_bytes: int
-    notes: tuple[str, ...]
-    """What a user should know of this source: padding, codes kept or not."""
+    calibration: Sequence[int]
+    formats: Mapping[str, PackedFormat]
+    """Of every weight that becomes codes; the others stay as they are."""
+
+    def config_json(self) -> dict[str, Any]:
+        """The config.json to write."""
+        record = quantization_record(self.source.config, self.precision, self.method)
+        if self.calibration:
+            digest = hashlib.sha256(json.dumps(list(self.calibration)).encode()).hexdigest()
+            record["calibration"] = {"tokens": len(self.calibration), "sha256": digest}
+        described = native_config(self.source.config, main_dtype(self.source.tensors), self.source.origin)
+        return described | {"quantization": record}
+
+    def fingerprint(self) -> str:
+        """A digest of all that the result depends on."""
+        facts = [self.source.fingerprint(), self.config_json()]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What there is now, and what it lost."""
+
+    written: Written | None
+    """None where the same command had written all of it before."""
+    report: dict[str, Any]
+    """The content of `quantization.json`, see `quantization_report.py`."""
 
 
 def quantize(
@@ -66,40 +89,76 @@ def quantize(
     ignore_unknown: bool = False,
     **options: Unpack[WriteOptions],
 ) -> Quantized:
-    """Write the checkpoint in `src` to `dst` in `bits`; run again after an interruption, it goes on where it was.
+    """Write the checkpoint in `src` to `dst` in `bits`: `prepare` and `run` in one call, which see."""
+    check_apart(src, dst)
+    job = prepare(
+        src,
+        bits=bits,
+        group_size=group_size,
+        roles=roles,
+        method=method,
+        calibration=calibration,
+        ignore_unknown=ignore_unknown,
+    )
+    return run(job, dst, **options)
+
+
+def prepare(
+    src: Path | str,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    roles: Mapping[str, int] | None = None,
+    method: Method = "mse",
+    calibration: Sequence[int] = (),
+    ignore_unknown: bool = False,
+) -> Job:
+    """Open a checkpoint of any format and settle the format of each weight.
 
     `group_size` is 64, or that of a GPTQ source, unless given; `roles` have other bits than the default policy;
-    `calibration` are the tokens of a text for `gptq`. Uses as many threads as torch. Raises UsageError for what does
-    not go together, and what `open_checkpoint` and `writer.write_checkpoint` raise.
+    `calibration` are the tokens of a text for `gptq`. Raises UsageError for what does not go together, and what
+    `open_checkpoint` raises.
     """
     _check_method(method, calibration)
-    check_apart(src, dst)
     source = open_checkpoint(src, ignore_unknown=ignore_unknown)
     if source.precision is not None:
         raise UsageError(f"{src} is quantized already; quantize the checkpoint that it was made from")
     precision = policy(source.config, bits, group_size=group_size or _group_size(source), roles=roles)
     formats = packed_formats(source.config, precision)
-    record = quantization_record(source.config, precision, method)
-    if calibration:
-        digest = hashlib.sha256(json.dumps(list(calibration)).encode()).hexdigest()
-        record["calibration"] = {"tokens": len(calibration), "sha256": digest}
-    described = native_config(source.config, main_dtype(source.tensors), source.origin) | {"quantization": record}
-    context = Calibration(source, calibration) if method == "gptq" else None
+    return Job(source=source, precision=precision, method=method, calibration=calibration, formats=formats)
+
+
+def run(job: Job, dst: Path | str, **options: Unpack[WriteOptions]) -> Quantized:
+    """Write what was prepared to `dst`; again after an interruption, it goes on where it was, and keeps what is whole.
+
+    Uses as many threads as torch. Raises what `writer.write_checkpoint` raises, and UsageError where `dst` holds the
+    source.
+    """
+    source = job.source
+    check_apart(source.path, dst)
+    fingerprint = job.fingerprint()
+    report = None if options.get("overwrite") else read_report(Path(dst))
+    if report is not None and report.get("fingerprint") == fingerprint:
+        return Quantized(written=None, report=report)
+    context = Calibration(source, job.calibration) if job.method == "gptq" else None
     with _workers() as pool:
-        encoders = {name: _encoder(source, name, form, method, context) for name, form in formats.items()}
+        encoders = {name: _encoder(job, name, form, context) for name, form in job.formats.items()}
         ahead = 2 * torch.get_num_threads()
         weights = {name: EncodedWeight(encoder, pool, ahead) for name, encoder in encoders.items()}
+
+        def report_with(facts: Mapping[str, Any]) -> dict[str, Any]:
+            return {"fingerprint": fingerprint} | report_of(source, job.formats, job.method, facts)
+
         options.setdefault("shard_bytes", SHARD_BYTES)
-        contents = contents_of(source, _tensors(source, weights), described, facts=lambda names: _facts(weights, names))
+        contents = contents_of(
+            source,
+            _tensors(source, weights),
+            job.config_json(),
+            facts=lambda names: _facts(weights, names),
+            extras=lambda facts: {REPORT: report_with(facts)},
+        )
         written = write_checkpoint(dst, contents, **options)
-    return Quantized(
-        written=written,
-        precision=precision,
-        method=method,
-        noise={name: [Noise(*pair) for pair in pairs] for name, pairs in written.facts.items()},
-        source_bytes=sum(tensor.nbytes for tensor in source.tensors.values()),
-        notes=tuple(_notes(source, formats, encoders, context)),
-    )
+    return Quantized(written=written, report=report_with(written.facts))
 
 
 def _check_method(method: Method, calibration: Sequence[int]) -> None:
@@ -131,13 +190,13 @@ def _workers() -> Iterator[Executor]:
         torch.set_num_threads(threads)  # Workers set what threads that are yet to come start with.
 
 
-def _encoder(source: Source, name: str, form: PackedFormat, method: Method, context: Calibration | None) -> Encoder:
-    tensor = source.tensors[name]
-    if source.format == "gptq" and keeps(tensor, form):
+def _encoder(job: Job, name: str, form: PackedFormat, context: Calibration | None) -> Encoder:
+    tensor = job.source.tensors[name]
+    if job.source.format == "gptq" and keeps(tensor, form):
         return Kept(tensor, form)
     if context is not None and context.covers(name):
         return Calibrated(tensor, form, context, name)
-    return Rounded(tensor, form, "rtn" if method == "rtn" else "mse")
+    return Rounded(tensor, form, "rtn" if job.method == "rtn" else "mse")
 
 
 def _tensors(source: Source, weights: Mapping[str, EncodedWeight]) -> dict[str, LazyTensor]:
@@ -152,37 +211,6 @@ def _tensors(source: Source, weights: Mapping[str, EncodedWeight]) -> dict[str, 
 
 
 def _facts(weights: Mapping[str, EncodedWeight], names: Iterable[str]) -> dict[str, Any]:
-    """The noise of the weights whose scales, the last of them to be written, are among `names`."""
+    """What was lost of the weights whose scales, the last of them to be written, are among `names`."""
     ready = (name.removesuffix(".scales") for name in names if name.endswith(".scales"))
-    return {name: [[float(f"{x:.7g}") for x in noise] for noise in weights[name].noise] for name in ready}
-
-
-def _notes(
-    source: Source,
-    formats: Mapping[str, PackedFormat],
-    encoders: Mapping[str, Encoder],
-    calibration: Calibration | None,
-) -> Iterator[str]:
-    exact = sum(form.matrices * form.rows * form.columns * form.bits // 8 for form in formats.values())
-    padded = sum(math.prod(form.codes_shape) for form in formats.values())
-    if padded > 1.01 * exact:
-        yield (
-            f"codes take {padded / exact - 1:.0%} more than their bits: rows are padded to 16 and inputs to whole "
-            "groups; smaller groups may pad less"
-        )
-    if source.format == "gptq":
-        kept = sum(isinstance(encoder, Kept) for encoder in encoders.values())
-        yield (
-            f"{kept} of {len(encoders)} quantized weights keep the codes of the GPTQ files bit for bit; the others "
-            "have none there, or of other bits, groups or zeros. What stays whole is as precise as in those files"
-        )
-    wide = [name for name in formats if calibration and ".layers." in name and not calibration.covers(name)]
-    if wide:
-        yield f"{len(wide)} weights have too many inputs for GPTQ and were rounded as by mse, {wide[0]} among them"
-    if calibration and calibration.scarce:
-        experts = len(calibration.scarce)
-        (name, expert), tokens = min(calibration.scarce.items(), key=itemgetter(1))
-        yield (
-            f"{experts} experts' weights met few tokens of the calibration text and are hardly better than by mse "
-            f"({name} of expert {expert}: {tokens}); a longer text reaches more"
-        )
+    return {name: weights[name].facts() for name in ready}

@@ -16,7 +16,7 @@ from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, check_tensors, layout, t
 from yuanmoe.checkpoint.native_config import Origin, native_config
 from yuanmoe.checkpoint.official_config import official_config
 from yuanmoe.checkpoint.store import Source
-from yuanmoe.checkpoint.writer import Contents, Facts, WriteOptions, Written, nothing, write_checkpoint
+from yuanmoe.checkpoint.writer import Contents, Extras, Facts, WriteOptions, Written, nothing, write_checkpoint
 from yuanmoe.config import ModelConfig
 
 Weights = Source | Mapping[str, Tensor]
@@ -96,6 +96,7 @@ def contents_of(
     described: Mapping[str, Any],
     companions: Path | None = None,
     facts: Facts = nothing,
+    extras: Extras = nothing,
 ) -> Contents:
     """A directory of `tensors` that come from `weights`, under config.json `described`."""
     source = weights if isinstance(weights, Source) else None
@@ -110,4 +111,5 @@ def contents_of(
         fingerprint=source.fingerprint(),
         release=source.release,
         facts=facts,
+        extras=extras,
     )

@@ -33,13 +33,16 @@ _SMALL_FILES_BYTES = 16 << 20
 Facts = Callable[[Iterable[str]], Mapping[str, Any]]
 """What is worth remembering of tensors that were just written, by name."""
 
+Extras = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""More JSON files by name, out of the facts of all tensors."""
+
 
 def silent(*_: object) -> None:
     """Hears, and does nothing."""
 
 
-def nothing(names: Iterable[str]) -> Mapping[str, Any]:  # noqa: ARG001
-    """Of any tensors, no facts."""
+def nothing(_: object) -> Mapping[str, Any]:
+    """No facts, no files."""
     return {}
 
 
@@ -69,6 +72,8 @@ class Contents:
     """Gives back the memory of what was read; called after every block."""
     facts: Facts = nothing
     """Asked after each shard; the manifest keeps them with it."""
+    extras: Extras = nothing
+    """Asked when all shards are written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +122,13 @@ def write_checkpoint(
         for name, tensors in missing.items():
             digest = write_safetensors(folder / name, tensors, on_bytes=written)
             entry: dict[str, Any] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
-            facts = contents.facts(tensors)
-            manifest.shards[name] = entry | {"facts": facts} if facts else entry
+            learned = contents.facts(tensors)
+            manifest.shards[name] = entry | {"facts": learned} if learned else entry
             manifest.write(folder)
+        facts = {name: fact for entry in manifest.shards.values() for name, fact in entry.get("facts", {}).items()}
         _write_small_files(folder, contents, shards, total)
+        for name, values in contents.extras(facts).items():
+            write_synced(folder / name, json_text(values))
         # Without the fingerprint nothing resumes from it: should a process be killed while it exchanges the finished
         # folder for an older one, the next one finds the older one in its place.
         Manifest(fingerprint="", shards=manifest.shards).write(folder)
@@ -130,7 +138,7 @@ def write_checkpoint(
         nbytes=total,
         shards=len(shards),
         resumed_shards=resumed,
-        facts={name: fact for entry in manifest.shards.values() for name, fact in entry.get("facts", {}).items()},
+        facts=facts,
     )
 
 
