@@ -68,8 +68,8 @@ def _official_attention(config: ModelConfig, state: State, name: str, role: str)
 def _official_feed_forward(config: ModelConfig, role: str, tensor: Tensor) -> State:
     if role == "router.weight" and config.router == "attention":
         return dict(zip((f"gate.{r}.weight" for r in ("query", "key", "value")), tensor.chunk(3), strict=True))
-    if role == "router.weight":
-        return {"gate.weight": tensor}
+    if role in ("router.weight", "router.bias"):
+        return {role.replace("router", "gate"): tensor}
     matrix_name = "w1" if "gate_up" in role else "w2"
     if role.startswith("experts."):
         return {f"experts.{expert}.{matrix_name}.weight": matrix for expert, matrix in enumerate(tensor)}

@@ -43,6 +43,9 @@ class ModelConfig:
     router: RouterKind = "attention"
     """`attention` (arXiv 2405.17976 section 3), `linear` (the classical router), or
     `shared-expert` (linear, beside experts that every token passes)."""
+    router_bias: bool = False
+    """Whether every expert has a bias that counts in the choice of experts and not in their weights
+    (loss-free balance, arXiv 2408.15664); the released models have none."""
     localized_filtering: bool = True
     """Whether queries and keys see the input through LFA (arXiv 2311.15786 section 3)."""
     partial_rotary_factor: float = 1.0

@@ -55,9 +55,10 @@ def _feed_forward(config: ModelConfig, layer_idx: int) -> DenseFeedForward | Mix
     D, F, E = config.hidden_size, config.moe_intermediate_size, config.experts_per_layer[layer_idx]
     if E == 0:
         return DenseFeedForward(D, config.intermediate_size)
-    router = AttentionRouter if config.router == "attention" else LinearRouter
+    kind = AttentionRouter if config.router == "attention" else LinearRouter
+    router = kind(D, E, config.num_experts_per_tok, config.router_bias)
     shared = DenseFeedForward(D, config.num_shared_experts * F) if config.num_shared_experts else None
-    return MixtureOfExperts(router(D, E, config.num_experts_per_tok), Experts(E, D, F), shared)
+    return MixtureOfExperts(router, Experts(E, D, F), shared)
 
 
 class Decoder(nn.Module):

@@ -21,12 +21,17 @@ class Routing(NamedTuple):
     logits: Tensor
 
 
-def choose(logits: Float32[Tensor, "N E"], num_experts_per_tok: int) -> Routing:
+def choose(
+    logits: Float32[Tensor, "N E"], num_experts_per_tok: int, bias: Float[Tensor, " E"] | None = None
+) -> Routing:
     """The experts with the largest `logits`, softmax over the chosen; ties go to the lowest index.
 
     `torch.topk` leaves ties open, and the Attention Router makes exact ones: experts with equal queries score equally.
+    With a `bias` the experts with the largest share plus bias are chosen (arXiv 2408.15664 equation 3: the bias steers
+    who works, and no gradient sees it); their weights stay those of the logits.
     """
-    order = logits.argsort(dim=-1, descending=True, stable=True)
+    ranks = logits if bias is None else logits.detach().softmax(dim=-1) + bias
+    order = ranks.argsort(dim=-1, descending=True, stable=True)
     experts = order[:, :num_experts_per_tok]
     return Routing(logits.gather(1, experts).softmax(dim=-1), experts, logits)
 
@@ -40,22 +45,28 @@ def attention_scores(projected: Float[Tensor, "N EEE"]) -> Float32[Tensor, "N E"
 class AttentionRouter(nn.Module):
     """Scores experts by how they relate to one another for this token; weight [3E, D] = [query; key; value]."""
 
-    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
+    bias: Tensor | None
+
+    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3 * num_experts, hidden_size))
+        self.register_buffer("bias", torch.zeros(num_experts) if bias else None)
         self.num_experts_per_tok = num_experts_per_tok
 
     def forward(self, x: Tensor) -> Routing:
-        return choose(attention_scores(linear(x, self.weight)), self.num_experts_per_tok)
+        return choose(attention_scores(linear(x, self.weight)), self.num_experts_per_tok, self.bias)
 
 
 class LinearRouter(nn.Module):
     """The classical router: one score an expert, a dot product; weight [E, D]."""
 
-    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
+    bias: Tensor | None
+
+    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("bias", torch.zeros(num_experts) if bias else None)
         self.num_experts_per_tok = num_experts_per_tok
 
     def forward(self, x: Tensor) -> Routing:
-        return choose(linear(x, self.weight).float(), self.num_experts_per_tok)
+        return choose(linear(x, self.weight).float(), self.num_experts_per_tok, self.bias)
