@@ -41,18 +41,23 @@ class Weight:
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """Every weight of the model; a tied head is stored 0 times and works once, the embedding is only looked up."""
+    """Every weight of the model."""
+    layers = (weight for experts in config.experts_per_layer for weight in layer_weights(config, experts))
+    return (*outside_weights(config), *layers)
+
+
+def outside_weights(config: ModelConfig) -> tuple[Weight, ...]:
+    """Those of no layer; a tied head is stored 0 times and works once, the embedding is only looked up."""
     shape = (config.vocab_size, config.hidden_size)
-    outside = (
+    return (
         Weight(role="embedding", shape=shape, active=0),
         Weight(role="head", shape=shape, copies=0 if config.tie_word_embeddings else 1),
         Weight(role="norms", shape=(config.hidden_size,)),
     )
-    layers = (weight for experts in config.experts_per_layer for weight in _layer(config, experts))
-    return (*outside, *layers)
 
 
-def _layer(config: ModelConfig, num_experts: int) -> Iterator[Weight]:
+def layer_weights(config: ModelConfig, num_experts: int) -> Iterator[Weight]:
+    """Those of a layer with so many routed experts, or with a dense network where there are none."""
     D, C = config.hidden_size, config.attention_size
     yield Weight(role="norms", shape=(D,), copies=2, active=2)
     yield Weight(role="attention", shape=(C, D), copies=3, active=3)
