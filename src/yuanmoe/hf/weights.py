@@ -29,6 +29,7 @@ def _kinds() -> Iterator[ModelConfig]:
     for changes in (
         {"num_experts": 0, "intermediate_size": 4},
         {},
+        {"router_bias": True},
         {"router": "linear"},
         {"router": "shared-expert", "num_shared_experts": 1},
     ):
