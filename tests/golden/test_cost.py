@@ -8,6 +8,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.ops.quant import pack, quantize
 from yuanmoe.plan import cost
+from yuanmoe.plan.activations import activation_bytes
 
 M32 = preset("m32")
 
@@ -112,7 +113,7 @@ def test_expected_experts_of_m32() -> None:
 def test_activations_of_m32() -> None:
     # Widest at the experts: residual and normed input, and for each of 2 experts input, output, gate, up, product.
     widest = 2 * 2048 + 2 * (2 * 2048 + 3 * 8192)
-    assert cost.activation_bytes(M32, 10, 3) == 10 * widest * 2 + 3 * 135_040 * 4
+    assert activation_bytes(M32, 10, 3) == 10 * widest * 2 + 3 * 135_040 * 4
 
 
 def test_unknown_bits_say_which_there_are() -> None:

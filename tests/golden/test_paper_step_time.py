@@ -14,7 +14,7 @@ NETWORK = 2 * 195e9 / 8
 
 
 def method_2(data: int, peer_to_peer: float) -> Times:
-    """Table 6, method 2, with the inputs of appendix D. The rate of a chip is not stated; 171.6 TFLOP/s fits all six."""
+    """Table 6, method 2, with the inputs of appendix D; the rate of a chip, not stated there, is fitted to all six."""
     step = Step(
         flops=YUAN_102B.flops(1, 4096),
         parameters=YUAN_102B.parameters(),

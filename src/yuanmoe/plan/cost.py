@@ -4,7 +4,7 @@ Everything is a sum over one inventory, `weights(config)`: which matrices and ve
 stored, and how many of them work for one token. Sources: arXiv 2405.17976 (M32 and its table of efficiency),
 arXiv 2311.15786 (LFA). One multiplication or one addition is one FLOP.
 Legend: D hidden, C = heads x head_dim, E experts, K chosen, F expert width, I dense width, V vocabulary, S context.
-Not here: devices, memory limits and time (`planner.py`).
+Not here: intermediate results (`activations.py`), devices, memory limits and time (`planner.py`, `cluster.py`).
 """
 
 import math
@@ -225,21 +225,6 @@ def decode_bytes(config: ModelConfig, precision: Precision, *, context: int, bat
     """Bytes that one decoding step reads: the weights at work, and each sequence's keys, values and LFA state."""
     state = context * kv_bytes(config) + lfa_bytes(config)
     return read_bytes(config, precision, batch) + batch * state
-
-
-def activation_bytes(config: ModelConfig, tokens: int, sequences: int = 1) -> int:
-    """Bytes alive at the widest point of a layer in one pass over `tokens` tokens, and a row of fp32 logits a sequence.
-
-    An estimate: it counts each intermediate of the plain computation once and no allocator slack.
-    """
-    D = config.hidden_size
-    attention = 4 * config.attention_size + (7 * D // 2 if config.localized_filtering else D)
-    chosen = config.num_experts_per_tok
-    shared = config.num_shared_experts * config.moe_intermediate_size
-    moe = chosen * (2 * D + 3 * config.moe_intermediate_size) + 3 * shared if config.is_moe else 0
-    dense = 0 if all(config.experts_per_layer) else 3 * config.intermediate_size
-    widest = 2 * D + max(attention, moe, dense)
-    return tokens * widest * STATE_BYTES + sequences * config.vocab_size * 4
 
 
 # --- the article ------------------------------------------------------------------------------------------------------

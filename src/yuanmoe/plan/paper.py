@@ -1,12 +1,12 @@
-"""The paper's model of a training step (arXiv 2311.15786, equations 1 to 4): its base, on which `cluster.py` builds.
+"""The paper's model of a training step (arXiv 2311.15786, equations 1 to 4): the base of `cluster.py`.
 
-Legend, as there: A micro-batches a step, B sequences of one, L layers, S tokens, H hidden, V vocabulary; P, T, D ranks of
-the pipeline, of tensor and of data parallelism; G FLOPs of a micro-batch, W parameters. The tables of the paper come out
-only if three things are read otherwise than printed:
+Legend, as there: A micro-batches a step, B sequences of one, L layers, S tokens, H hidden, V vocabulary; P, T, D ranks
+of pipeline, tensor and data parallelism; G FLOPs of a micro-batch, W parameters. The tables of the paper come out if
+three things are read otherwise than printed:
 - T0 of equations 3 and 4 lacks the factor A.
 - G of a GPT has 1 + 1/(6H) where the attention scores make it 1 + S/(6H).
-- The S in W of Yuan is not the sequence but the inner width of LFA, H/2 (both are 4096 in the 102B model): then W is the
-  number of parameters of every dense Yuan model, short of the last norm.
+- The S in W of Yuan is not the sequence but the inner width of LFA, H/2 (both are 4096 in the 102B model): then W is
+  the number of parameters of every dense Yuan model, short of the last norm.
 """
 
 from dataclasses import dataclass

@@ -14,6 +14,7 @@ from typing import Literal
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
+from yuanmoe.plan.activations import activation_bytes
 from yuanmoe.plan.cost import PRECISIONS, Precision
 from yuanmoe.plan.devices import DEVICES, Device
 from yuanmoe.plan.sizes import GIB
@@ -102,7 +103,7 @@ def memory(load: Load) -> Memory:
         weights=sum(cost.weight_bytes(load.config, load.precision).values()),
         kv_cache=load.batch * load.context * cost.kv_bytes(load.config),
         lfa_state=load.batch * cost.lfa_bytes(load.config),
-        activations=cost.activation_bytes(load.config, tokens, load.batch),
+        activations=activation_bytes(load.config, tokens, load.batch),
     )
 
 
