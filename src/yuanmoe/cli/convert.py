@@ -1,15 +1,13 @@
 """`yuanmoe convert` and `yuanmoe verify`: checkpoints from one layout to another, and whether one is whole."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from yuanmoe.cli.output import people, print_result
+from yuanmoe.cli.progress import bytes_progress
 from yuanmoe.plan.sizes import format_size, parse_size
 
 
@@ -35,7 +33,7 @@ def convert(
 
     console = people()
     start = time.perf_counter()
-    with _progress(f"{src.name} -> {dst.name}") as progress:
+    with bytes_progress(f"{src.name} -> {dst.name}") as progress:
         written = convert_checkpoint(
             src,
             dst,
@@ -73,7 +71,7 @@ def verify(
     from yuanmoe.checkpoint.verify import verify as verify_checkpoint
 
     console = people()
-    with _progress(path.name) as progress:
+    with bytes_progress(path.name) as progress:
         found = verify_checkpoint(path, ignore_unknown=ignore_unknown, progress=progress)
     hashed = f"sha256 of {format_size(found.hashed_bytes)} as written" if found.hashed_bytes else "no sums to compare"
     console.print(f"{path}: {found.format}, {found.tensors} tensors, {format_size(found.nbytes)}, {hashed}")
@@ -86,12 +84,3 @@ def verify(
             "hashed_bytes": found.hashed_bytes,
         }
     )
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with speed and time left, for a function that tells bytes done and in all."""
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=people(), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -5,19 +5,18 @@ Not here: the numbers (`yuanmoe.evals`), tables (`inspect_view.py`).
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from yuanmoe.cli.generate import Device, Dtype, Model, Threads
 from yuanmoe.cli.inspect_view import show_rope, show_routing
 from yuanmoe.cli.output import people, print_result
+from yuanmoe.cli.progress import tokens_progress
+from yuanmoe.cli.text_file import read_text
 from yuanmoe.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def _load(
     model: Path, text: Path, dtype: str | None, device: str | None, threads: int | None
 ) -> tuple[list[int], "LanguageModel"]:
     """The text as a document, `<eod>` before it, and the model. The text comes first: it costs nothing to refuse."""
-    content = _read_text(text)
+    content = read_text(text)
     with people().status(f"loading {escape(str(model))}"):
         import torch
 
@@ -96,18 +95,6 @@ def _load(
         return ids, load(model, dtype, device)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; convert it first, "
-            f"for example with iconv -f ISO-8859-1 -t UTF-8"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-
-
 def _check_layer(lm: "LanguageModel", layer: int | None) -> None:
     layers = [index for index, experts in enumerate(lm.config.experts_per_layer) if experts]
     if layer is not None and layer not in layers:
@@ -120,7 +107,8 @@ def _try_settings(lm: "LanguageModel", ids: list[int], context: int) -> dict[str
     from yuanmoe.evals.rope import best_of, difference, judge, losses_by_setting, settings_of
 
     settings = settings_of(lm.model)
-    with _progress("trying RoPE settings", (len(ids) - 1) * len(settings)) as advance, progress(lm.model, advance):
+    tokens = (len(ids) - 1) * len(settings)
+    with tokens_progress("trying RoPE settings", tokens) as advance, progress(lm.model, advance):
         losses = losses_by_setting(lm.model, ids, context, settings)
     for setting, nats in losses.items():
         _check_finite(nats, str(setting))
@@ -151,7 +139,7 @@ def _follow_tokens(lm: "LanguageModel", ids: list[int], context: int) -> dict[st
     from yuanmoe.evals.routing import favourites, matrices, recorded, summary
 
     with (
-        _progress("reading", len(ids) - 1) as advance,
+        tokens_progress("reading", len(ids) - 1) as advance,
         progress(lm.model, advance),
         recorded(lm.model, ids) as records,
     ):
@@ -182,18 +170,6 @@ def _check_finite(nats: "Tensor", what: str) -> None:
 
 def _spelled(favourites: list[list[dict[str, Any]]], tokenizer: "Tokenizer") -> list[list[dict[str, Any]]]:
     return [[token | {"token": tokenizer.token_text(token["token_id"])} for token in mine] for mine in favourites]
-
-
-@contextmanager
-def _progress(what: str, tokens: int) -> Iterator[Callable[[float], None]]:
-    """A bar on stderr; what it gives out takes the number of tokens done since the last call."""
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"))
-    console = people()
-    # Off a terminal a bar that is to vanish would leave an empty line.
-    hidden = not console.is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(what, total=tokens)
-        yield lambda done: bar.advance(task, done)
 
 
 def _write_page(report: dict[str, Any], path: Path) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": ("doctor", "What this machine has, what is missing, what to do."),
     "convert": ("convert", "Turn a checkpoint into the native format, or back."),
     "verify": ("convert", "Check a checkpoint: every file, tensor and shape."),
+    "quantize": ("quantize", "Write a model in 4 or 8 bits, and what that costs."),
     "generate": ("generate", "Complete a text."),
     "chat": ("generate", "Talk with a model."),
     "inspect": ("inspect", "Look into a model: what it does with a text."),
