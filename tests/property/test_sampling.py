@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from small_models import random_ids
 from yuanmoe.engine import sampling
-from yuanmoe.engine.sampling import Sampler, SamplingParams, keep_min_p, keep_top_k, keep_top_p, sample
+from yuanmoe.engine.sampling import Sampler, SamplingParams, keep_min_p, keep_top_k, keep_top_p, require_numbers, sample
 from yuanmoe.errors import CheckpointError, UsageError
 
 # Few different values, so that rows are full of ties; -inf is what a grammar or an earlier filter leaves.
@@ -162,10 +162,10 @@ def test_penalties_count_the_prompt_and_the_answer_as_their_definitions_say():
     logits = torch.tensor([2.0, 2.0, -2.0, -2.0, 1.0])
     params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
     sampler = Sampler(params, [0, 2], 5)
-    assert sampler.penalize(logits).tolist() == [1.0, 2.0, -4.0, -2.0, 1.0]
+    assert sampler.adjust(logits).tolist() == [1.0, 2.0, -4.0, -2.0, 1.0]
     for token_id in (2, 3, 3):
         sampler.record(token_id)
-    assert sampler.penalize(logits).tolist() == [1.0, 2.0, -4.75, -5.0, 1.0]
+    assert sampler.adjust(logits).tolist() == [1.0, 2.0, -4.75, -5.0, 1.0]
 
 
 def test_penalties_keep_a_greedy_answer_from_repeating_itself():
@@ -189,8 +189,10 @@ def test_scores_that_are_no_numbers_are_an_error(temperature, broken):
     logits = torch.zeros(2, 8)
     logits[1, 3] = broken
     samplers = [Sampler(SamplingParams(temperature=temperature, top_p=0.9), [], 8) for _ in range(2)]
-    with pytest.raises(CheckpointError, match="1 of 2 sequences got scores that are not numbers"):
-        sample(logits, samplers)
+    sound, damaged = sample(logits, samplers).logprobs
+    require_numbers(sound)
+    with pytest.raises(CheckpointError, match="a sequence got scores that are not numbers: the weights are damaged"):
+        require_numbers(damaged)
 
 
 @pytest.mark.parametrize(

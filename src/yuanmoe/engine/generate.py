@@ -9,26 +9,18 @@ Legend: B sequences, D hidden, V vocabulary, L layers with experts, K chosen.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from yuanmoe.engine.sampling import Sampler, SamplingParams, sample
+from yuanmoe.engine.requests import FinishReason, TokenRouting
+from yuanmoe.engine.sampling import Sampler, SamplingParams, require_numbers, sample
 from yuanmoe.errors import ContextLengthError, UsageError
 from yuanmoe.model.cache import Cache
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.plan.planner import PREFILL_TOKENS
-
-FinishReason = Literal["stop", "length"]
-
-
-class TokenRouting(NamedTuple):
-    """Where one token went, on the CPU: its `experts` [L, K], best first, and their `weights` [L, K]."""
-
-    experts: Tensor
-    weights: Tensor
 
 
 class Token(NamedTuple):
@@ -216,6 +208,8 @@ class Generation:
         """The next token of each live sequence, from the last hidden states [B, D]."""
         logits = self._model.logits(hidden)[:, : self._vocab_size]
         sampled = sample(logits, [sequence.sampler for sequence in self._live])
+        for logprob in sampled.logprobs:
+            require_numbers(logprob)
         chosen = zip(self._live, sampled.ids, sampled.logprobs, strict=True)
         return [sequence.accept(token_id, logprob) for sequence, token_id, logprob in chosen]
 

@@ -10,12 +10,10 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from yuanmoe.engine.sampling import SamplingParams
-from yuanmoe.errors import UsageError
+from yuanmoe.engine.sampling import SamplingParams, TopLogprobs
+from yuanmoe.errors import ContextLengthError, UsageError
 
 FinishReason = Literal["stop", "length"]
-TopLogprobs = tuple[tuple[int, float], ...]
-"""Token ids with their log-probabilities, the likeliest first."""
 MAX_TOP_LOGPROBS = 20
 """The OpenAI API's limit too."""
 
@@ -111,3 +109,25 @@ class Stats:
     preemptions: int
     expert_load: Tensor
     """Visits of each expert, [L, E] int64 on the CPU; E is that of the largest layer."""
+
+
+def max_length(
+    prompt_ids: Sequence[int], max_new_tokens: int | None, vocab_size: int, context: int, prompt: str = "the prompt"
+) -> int:
+    """Tokens at which the continuation of a prompt ends at the latest. Raises UsageError and ContextLengthError."""
+    if not prompt_ids:
+        raise UsageError(f"{prompt} is empty; the model needs a token to start from, such as <eod>")
+    wrong = next((token_id for token_id in prompt_ids if not 0 <= token_id < vocab_size), None)
+    if wrong is not None:
+        raise UsageError(f"{prompt} holds the token id {wrong}; ids are 0..{vocab_size - 1}")
+    room = context - len(prompt_ids)
+    new_tokens = max(room, 1) if max_new_tokens is None else max_new_tokens
+    if new_tokens > room:
+        excess = new_tokens - room
+        ways = [f"shorten it by {excess} tokens"] if excess < len(prompt_ids) else []
+        ways += [f"ask for at most {room} new ones (max_new_tokens)"] if room > 0 else []
+        raise ContextLengthError(
+            f"{prompt} has {len(prompt_ids)} tokens; with {new_tokens} new ones it exceeds the model's "
+            f"context of {context} (max_position_embeddings); {', or '.join(ways)}"
+        )
+    return len(prompt_ids) + new_tokens

@@ -1,4 +1,4 @@
-"""From logits to the next token of each sequence: penalties, temperature, filters, and a random stream of its own.
+"""From logits to the next token of each sequence: penalties, bias, grammar, temperature, filters, and a random stream.
 
 Filters look at values only: tokens that tie with the last one kept are kept too, so nothing depends on how a device
 sorts. A draw takes one number of the sequence's own stream and inverts the cumulative distribution in vocabulary
@@ -8,25 +8,30 @@ penalties as in the OpenAI API. Legend: B sequences, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from yuanmoe.errors import CheckpointError, UsageError
 
 LIKELY_TOKENS = 1024
 """Top-p looks at so many tokens first: sorting a vocabulary of 135,040 takes some 10 ms on a CPU, finding these 1."""
+MAX_BIAS = 100
+"""The OpenAI API's limit too: enough to forbid a token, or to allow no other."""
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Token ids with their log-probabilities, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one sequence continues. Raises UsageError for numbers that mean nothing.
 
-    Applied in this order: penalties, temperature, top-k, top-p and min-p, each filter on what the previous one left.
+    Applied in this order: penalties, bias, temperature, top-k, top-p and min-p, each filter on what the previous one
+    left.
     """
 
     temperature: float = 0.0
@@ -43,6 +48,8 @@ class SamplingParams:
     """Subtracted from the logits of tokens that the answer holds."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time the answer holds it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Added to the logits of these tokens, -100 to 100."""
     seed: int | None = None
     """Of the random stream; None takes a new one each time."""
     max_new_tokens: int | None = None
@@ -52,6 +59,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         _require("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 (greedy) and 100")
         _require("top_k", self.top_k, self.top_k >= 0, "0 (no limit) or above")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (no limit)")
@@ -67,6 +75,9 @@ class SamplingParams:
             _require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
         for stop_id in self.stop_ids:
             _require("a stop id", stop_id, stop_id >= 0, "a token id, so at least 0")
+        for token_id, bias in self.logit_bias.items():
+            wanted = f"between -{MAX_BIAS} and {MAX_BIAS}"
+            _require(f"the logit_bias of token {token_id}", bias, -MAX_BIAS <= bias <= MAX_BIAS, wanted)
 
     @property
     def penalizes(self) -> bool:
@@ -89,6 +100,10 @@ class Sampler:
         vocab_size: int,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Raises UsageError for a bias on a token outside the vocabulary."""
+        wrong = next((token_id for token_id in params.logit_bias if not 0 <= token_id < vocab_size), None)
+        if wrong is not None:
+            raise UsageError(f"logit_bias names the token id {wrong}; ids are 0..{vocab_size - 1}")
         self.params = params
         # On the CPU whatever the model's device, so that a seed means the same everywhere.
         self._random = torch.Generator()
@@ -101,15 +116,27 @@ class Sampler:
             self._counts = torch.zeros(vocab_size, device=device)
             self._in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self._in_prompt[list(prompt_ids)] = True
+        self._bias: tuple[Tensor, Tensor] | None = None
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias.items(), strict=True)
+            self._bias = torch.tensor(ids, device=device), torch.tensor(values, dtype=torch.float32, device=device)
 
-    def penalize(self, logits: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
-        """The logits after what was said weighs on them."""
-        if self._counts is None:
-            return logits
-        params, said = self.params, self._counts > 0
+    @property
+    def adjusts(self) -> bool:
+        """Whether the logits are not taken as they are."""
+        return self._counts is not None or self._bias is not None
+
+    def adjust(self, logits: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
+        """The logits after penalties and bias."""
+        if self._counts is not None:
+            logits = self._penalized(logits, self._counts)
+        return logits if self._bias is None else logits.index_add(0, *self._bias)
+
+    def _penalized(self, logits: Float[Tensor, " V"], counts: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
+        params, said = self.params, counts > 0
         divided = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
         logits = torch.where(said | self._in_prompt, divided, logits)
-        return logits - params.presence_penalty * said - params.frequency_penalty * self._counts
+        return logits - params.presence_penalty * said - params.frequency_penalty * counts
 
     def draw(self) -> float:
         """The next number of the stream, in [0, 1)."""
@@ -123,32 +150,60 @@ class Sampler:
 
 
 class Sampled(NamedTuple):
-    """The next token of each sequence, and its log-probability under the model itself (before all of the above)."""
+    """The next token of each sequence, and its log-probability under the model itself (before all of the above).
+
+    NaN where the logits of a sequence are no numbers; its token then means nothing.
+    """
 
     ids: list[int]
     logprobs: list[float]
 
 
-def sample(logits: Float[Tensor, "B V"], samplers: Sequence[Sampler]) -> Sampled:
-    """Chooses and records one token for each sequence. Raises CheckpointError where the logits are no numbers."""
+def sample(
+    logits: Float[Tensor, "B V"], samplers: Sequence[Sampler], allowed: Mapping[int, Bool[Tensor, " V"]] | None = None
+) -> Sampled:
+    """Chooses and records one token for each sequence; `allowed` are the tokens that some rows may take."""
     logits = logits.float()
-    scores = logits
-    if any(sampler.params.penalizes for sampler in samplers):
-        scores = torch.stack([sampler.penalize(row) for sampler, row in zip(samplers, logits, strict=True)])
+    scores = _adjusted(logits, samplers, allowed or {})
     chosen = scores.argmax(dim=-1)
     drawn = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
     if drawn:
         chosen[drawn] = _draw(scores[drawn], [samplers[row] for row in drawn])
     logprobs = logits.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0].tolist()
-    if any(map(math.isnan, logprobs)):
-        raise CheckpointError(
-            f"{sum(map(math.isnan, logprobs))} of {len(logprobs)} sequences got scores that are not numbers: the "
-            "weights are damaged (`yuanmoe verify` tells) or overflow in their dtype (load them as bfloat16 or float32)"
-        )
     ids = chosen.tolist()
     for sampler, token_id in zip(samplers, ids, strict=True):
         sampler.record(token_id)
     return Sampled(ids, logprobs)
+
+
+def require_numbers(logprob: float) -> None:
+    """Raises CheckpointError for the log-probability of a sequence whose logits are no numbers."""
+    if math.isnan(logprob):
+        raise CheckpointError(
+            "a sequence got scores that are not numbers: the weights are damaged (`yuanmoe verify` tells) or overflow "
+            "in their dtype (load them as bfloat16 or float32)"
+        )
+
+
+def _adjusted(
+    logits: Float[Tensor, "B V"], samplers: Sequence[Sampler], allowed: Mapping[int, Bool[Tensor, " V"]]
+) -> Float[Tensor, "B V"]:
+    adjusting = [row for row, sampler in enumerate(samplers) if sampler.adjusts]
+    if not adjusting and not allowed:
+        return logits
+    scores = logits.clone()
+    for row in adjusting:
+        scores[row] = samplers[row].adjust(logits[row])
+    for row, mask in allowed.items():
+        scores[row].masked_fill_(~mask.to(scores.device), -math.inf)
+    return scores
+
+
+def top_logprobs(logprobs: Float[Tensor, "B V"], count: int) -> list[TopLogprobs]:
+    """The `count` likeliest tokens of each row (all, if V is smaller), the lowest id first among equals."""
+    values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
+    rows = zip(ids.tolist(), values.tolist(), strict=True)
+    return [tuple(sorted(zip(*row, strict=True), key=lambda pair: (-pair[1], pair[0]))) for row in rows]
 
 
 def _draw(scores: Float[Tensor, "B V"], samplers: Sequence[Sampler]) -> Int[Tensor, " B"]:

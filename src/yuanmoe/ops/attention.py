@@ -1,11 +1,11 @@
 """Causal attention over runs of tokens, through torch SDPA; memory grows linearly with length.
 
-Legend: N tokens of all runs, S tokens of one run, T keys of one run (T >= S), H heads, C head channels.
+Legend: N tokens of all runs, S tokens of one run, T keys of one run (T >= S), B sequences, H heads, C head channels.
 """
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -23,6 +23,16 @@ def causal_attention(
         mask = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=S == T and S > 1)
     return out.transpose(1, 2)
+
+
+def attend_padded(
+    q: Float[Tensor, "B H C"], k: Float[Tensor, "B T H C"], v: Float[Tensor, "B T H C"], lengths: Int[Tensor, " B"]
+) -> Float[Tensor, "B H C"]:
+    """Attention of one token of each sequence to the first `lengths` of its T positions; the rest may hold anything."""
+    filled = torch.arange(k.shape[1], device=q.device) < lengths[:, None]
+    # Filled with zeros besides being masked: what was never written can be NaN, and NaN times 0 is NaN.
+    k, v = (t.masked_fill(~filled[:, :, None, None], 0).transpose(1, 2) for t in (k, v))
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=filled[:, None, None])[:, :, 0]
 
 
 def attend_runs(

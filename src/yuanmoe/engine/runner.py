@@ -1,0 +1,105 @@
+"""One pass of the model over the tokens that the schedule names, and what is read off it.
+
+Legend: N tokens of the pass, B sequences in it, R sequences whose next token can be chosen after it, D hidden,
+V vocabulary, L layers with experts, K chosen, E experts of the largest layer.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from yuanmoe.engine.requests import PromptLogprobs, TokenRouting
+from yuanmoe.engine.sampling import top_logprobs
+from yuanmoe.engine.schedule import Sequence
+from yuanmoe.engine.score import HEAD_TOKENS
+from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.paged import PagedCache, PagedSequences
+from yuanmoe.model.router import Routing
+
+
+class Pass(NamedTuple):
+    """What a pass made for the sequences that it read to their end, in the order of the batch."""
+
+    logits: Tensor
+    """[R, V]"""
+    routings: list[TokenRouting | None]
+    """Of each one's last token, where it was asked for."""
+
+
+class Runner:
+    """A model with the pages of its sequences. `expert_load` [L, E] counts the visits of each expert, on the device."""
+
+    def __init__(self, model: YuanForCausalLM, cache: PagedCache, vocab_size: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._vocab_size = vocab_size
+        experts = [count for count in model.config.experts_per_layer if count]
+        self._widest = max(experts, default=0)
+        self._counts = torch.zeros(len(experts) * self._widest, dtype=torch.int64, device=cache.device)
+        self._first_count = torch.arange(len(experts), device=cache.device)[:, None] * self._widest
+
+    @property
+    def expert_load(self) -> Tensor:
+        return self._counts.view(len(self._first_count), self._widest).cpu().clone()
+
+    def run(self, batch: list[tuple[Sequence, int]]) -> Pass:
+        """Computes the next tokens of each sequence into its pages, and scores prompts that want it."""
+        sequences = self._sequences(batch)
+        ids = np.empty(len(sequences.positions), dtype=np.int64)
+        start = 0
+        for sequence, count in batch:
+            ids[start : start + count] = sequence.ids[sequence.computed : sequence.computed + count]
+            start += count
+        hidden, routings = self._model.model(torch.from_numpy(ids).to(self._cache.device), sequences)
+        self._score_prompts(batch, hidden)
+        ended = [row for row, (sequence, count) in enumerate(batch) if count == sequence.missing]
+        last = torch.from_numpy(sequences.last[ended]).to(self._cache.device)
+        asked = [batch[row][0].request.routing for row in ended]
+        return Pass(self._logits(hidden.index_select(0, last)), self._read_routings(routings, last, asked))
+
+    def _sequences(self, batch: list[tuple[Sequence, int]]) -> PagedSequences:
+        table = np.zeros((len(batch), max(sequence.num_pages for sequence, _ in batch)), dtype=np.int32)
+        for row, (sequence, _) in enumerate(batch):
+            table[row, : sequence.num_pages] = sequence.table[: sequence.num_pages]
+        past = [sequence.computed for sequence, _ in batch]
+        return PagedSequences(self._cache, past, [count for _, count in batch], table)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._model.logits(hidden)[:, : self._vocab_size]
+
+    def _score_prompts(self, batch: list[tuple[Sequence, int]], hidden: Tensor) -> None:
+        """Adds to the log-probabilities of each prompt what this pass says of the tokens behind those it read."""
+        start = 0
+        for sequence, count in batch:
+            if sequence.prompt is not None:
+                first = sequence.computed + 1
+                following = sequence.ids[first : min(first + count, sequence.num_prompt)]
+                if following:
+                    rows = hidden[start : start + len(following)]
+                    self._score(sequence.prompt, rows, following, sequence.request.top_logprobs)
+            start += count
+
+    def _score(self, prompt: PromptLogprobs, hidden: Tensor, following: list[int], top: int) -> None:
+        targets = torch.tensor(following, dtype=torch.int64, device=hidden.device)
+        for part, wanted in zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
+            logprobs = self._logits(part).float().log_softmax(dim=-1)
+            prompt.logprobs.extend(logprobs.gather(1, wanted[:, None])[:, 0].tolist())
+            if top:
+                prompt.top.extend(top_logprobs(logprobs, top))
+
+    def _read_routings(
+        self, routings: tuple[Routing, ...], last: Tensor, asked: list[bool]
+    ) -> list[TokenRouting | None]:
+        """Counts all visits, and picks those of the last tokens [R] that were asked for."""
+        if not routings:
+            return [None] * len(asked)
+        experts = torch.stack([routing.experts for routing in routings])
+        visits = (experts.flatten(1) + self._first_count).flatten()
+        self._counts.scatter_add_(0, visits, torch.ones_like(visits))
+        if not any(asked):
+            return [None] * len(asked)
+        chosen = experts.index_select(1, last).transpose(0, 1).cpu()
+        weights = torch.stack([routing.weights.index_select(0, last) for routing in routings], dim=1).cpu()
+        return [TokenRouting(*both) if wanted else None for *both, wanted in zip(chosen, weights, asked, strict=True)]
