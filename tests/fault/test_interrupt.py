@@ -91,14 +91,22 @@ def test_chat_keeps_the_answer_in_the_history_and_goes_on(checkpoint, tmp_path):
         shown = read_until(keyboard, rb"stopped, and kept as far as it went.*>>> ").decode()
         os.write(keyboard, f"/save {saved}\r".encode())
         read_until(keyboard, rb"saved 2 messages.*>>> ")
-        os.write(keyboard, b"\x03")
-        assert process.wait(DEADLINE_S) == 0
+        assert leave(process, keyboard) == 0
     os.close(keyboard)
     count = int(re.search(r"answer: ([\d,]+) tokens in", shown)[1].replace(",", ""))
     prompt = lm.chat_ids([{"role": "user", "content": "hello"}])
     question, answer = json.loads(saved.read_text("utf-8"))["messages"]
     assert question == {"role": "user", "content": "hello"}
     assert answer == {"role": "assistant", "content": said(lm, prompt, count)}
+
+
+def leave(process, keyboard):
+    """Types Ctrl-C at the prompt, again where it was lost: Python overlooks one between readline's prompt and wait."""
+    for _ in range(DEADLINE_S):
+        os.write(keyboard, b"\x03")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(1)
+    return None
 
 
 @contextlib.contextmanager
