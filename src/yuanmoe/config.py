@@ -151,6 +151,20 @@ class ModelConfig:
         _known(changes)
         return dataclasses.replace(self, **changes)
 
+    def extend_context(self, length: int) -> "ModelConfig":
+        """The same model for contexts of `length` tokens, with the NTK-aware RoPE base b s^(R / (R - 2)) for s times
+        the length and R rotated channels (arXiv 2405.17976 section 4.2), rounded as there: 4096 to 16384 is 40890.
+
+        Raises ConfigError for a length below the context, and for 2 rotated channels, which no base spreads.
+        """
+        if length < self.max_position_embeddings:
+            raise ConfigError(f"a context of {length} tokens is below the model's {self.max_position_embeddings}")
+        if self.rotary_dim <= 2:
+            raise ConfigError(f"a model that rotates {self.rotary_dim} channels has no RoPE base for longer contexts")
+        factor = length / self.max_position_embeddings
+        theta = float(round(self.rope_theta * factor ** (self.rotary_dim / (self.rotary_dim - 2))))
+        return self.replace(max_position_embeddings=length, rope_theta=theta)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
         return {
@@ -275,6 +289,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 128,
         "tie_word_embeddings": False,
         "max_position_embeddings": 512,
+    },
+    "small": _OWN_TOKENS
+    | {
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "head_dim": 64,
+        "num_experts": 32,
+        "moe_intermediate_size": 256,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 1024,
     },
 }
 

@@ -42,3 +42,7 @@ class UsageError(YuanError, ValueError):
 
 class MissingExtraError(YuanError, ImportError):
     """A part of this package was asked for whose optional dependency is not installed, or too old."""
+
+
+class TrainingError(YuanError):
+    """A training run that must not go on: a loss that is no number, or far above those before it."""
