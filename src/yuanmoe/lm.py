@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.native_config import parse_dtype
+from yuanmoe.checkpoint.native_config import parse_dtype, parse_kv_dtype
 from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.config import ModelConfig
 from yuanmoe.data.chat import Message, encode_chat
@@ -23,6 +23,7 @@ from yuanmoe.engine.generate import FinishReason, Generation, Timing, Token, Tok
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.engine.score import score
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.plan.cost import Precision
 
 Prompt = str | list[int]
 """A text to continue, or token ids."""
@@ -108,11 +109,12 @@ class LanguageModel:
     whether to say which experts each token visited.
     """
 
-    def __init__(self, model: YuanForCausalLM, tokenizer: Tokenizer) -> None:
-        """Raises TokenizerError when the tokenizer does not belong to the model."""
+    def __init__(self, model: YuanForCausalLM, tokenizer: Tokenizer, precision: Precision | None = None) -> None:
+        """`precision` is that of quantized weights. Raises TokenizerError when the tokenizer is not the model's."""
         check_tokenizer(tokenizer, model.config.vocab_size, model.config.eod_token_id)
         self.model = model
         self.tokenizer = tokenizer
+        self.precision = precision
 
     @property
     def config(self) -> ModelConfig:
@@ -186,19 +188,25 @@ def load(
     path: str | Path,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    kv_dtype: torch.dtype | str | None = None,
     **changes: Any,
 ) -> LanguageModel:
-    """Opens a checkpoint of any format with its tokenizer.
+    """Opens a checkpoint of any format, quantized ones included, with its tokenizer.
 
-    `dtype` is the checkpoint's own unless one is named; `device` is a GPU where there is one. `changes` are those of
-    `load_model`, such as `rope_theta`. Raises ConfigError, CheckpointError, ResourceError and TokenizerError.
+    `dtype` is the checkpoint's own unless one is named (float32 for a quantized one on a CPU); `device` is a GPU where
+    there is one. `kv_dtype` is that of cached keys and values: `int8` halves what a long context takes and reads;
+    by default `dtype`, or bfloat16 under quantized weights. `changes` are those of `load_model`, such as `rope_theta`.
+    Raises ConfigError, CheckpointError, ResourceError and TokenizerError.
     """
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
+    if isinstance(kv_dtype, str):
+        kv_dtype = parse_kv_dtype(kv_dtype)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # Looked at before the weights take their time and memory.
-    config = open_checkpoint(path).config
+    source = open_checkpoint(path)
     tokenizer = load_tokenizer(path)
-    check_tokenizer(tokenizer, config.vocab_size, config.eod_token_id)
-    return LanguageModel(load_model(path, dtype=dtype, device=device, **changes), tokenizer)
+    check_tokenizer(tokenizer, source.config.vocab_size, source.config.eod_token_id)
+    model = load_model(path, dtype=dtype, kv_dtype=kv_dtype, device=device, **changes)
+    return LanguageModel(model, tokenizer, source.precision)

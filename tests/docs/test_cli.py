@@ -98,7 +98,7 @@ def test_plan_says_for_people_what_it_says_for_programs(run: Run) -> None:
 def test_plan_for_programs_alone(run: Run) -> None:
     code, out, err = run("plan", "2b", "--device", "rtx-3090", "--json")
     assert (code, err, len(out.splitlines())) == (0, "", 1)
-    assert last_line(out)["load"] == {"bits": 16, "context": 8192, "batch": 1}
+    assert last_line(out)["load"] == {"bits": 16, "context": 8192, "batch": 1, "kv_bits": 16}
 
 
 def test_plan_says_what_would_fit(run: Run) -> None:

@@ -42,10 +42,19 @@ class Origin:
 
 def parse_dtype(name: str) -> torch.dtype:
     """`bfloat16`, `bf16` and so on. Raises ConfigError for anything but a weight's dtype."""
+    return _parse(name, _DTYPES)
+
+
+def parse_kv_dtype(name: str) -> torch.dtype:
+    """The same for cached keys and values, which may be `int8` too."""
+    return _parse(name, _DTYPES | {"int8": torch.int8})
+
+
+def _parse(name: str, known: Mapping[str, torch.dtype]) -> torch.dtype:
     key = _SHORT.get(name, name)
-    if key not in _DTYPES:
-        raise ConfigError(f"unknown dtype {name!r}; known: {', '.join((*_DTYPES, *_SHORT))}")
-    return _DTYPES[key]
+    if key not in known:
+        raise ConfigError(f"unknown dtype {name!r}; known: {', '.join((*known, *_SHORT))}")
+    return known[key]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

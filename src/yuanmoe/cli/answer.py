@@ -82,8 +82,12 @@ def bandwidth_bound(lm: "LanguageModel", completion: "Completion") -> tuple[floa
     """
     norm = lm.model.model.norm.weight
     context = completion.prompt_tokens + len(completion.ids) // 2
-    sixteen_bits = cost.decode_bytes(lm.config, cost.precision(16), context=context)
-    bytes_read = sixteen_bits * norm.dtype.itemsize / cost.STATE_BYTES
+    kv_dtype = lm.model.kv_dtype
+    kv_bits = 8 if kv_dtype is not None and kv_dtype.itemsize == 1 else 16
+    precision = lm.precision or cost.precision(16)
+    bytes_read = cost.decode_bytes(lm.config, precision, context=context, kv_bits=kv_bits)
+    if lm.precision is None:
+        bytes_read *= norm.dtype.itemsize / cost.STATE_BYTES
     if norm.device.type != "cpu" or bytes_read < CACHED_BYTES:
         return None
     bandwidth = measure_bandwidth(rounds=3).median

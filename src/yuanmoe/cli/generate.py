@@ -38,7 +38,14 @@ MinP = Annotated[float, typer.Option(help="Only tokens this share as likely as t
 Penalty = Annotated[float, typer.Option(help="Above 1, tokens of prompt and answer get less likely.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer, as <eod> does; repeatable.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's own.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's own; float32 if quantized]"),
+]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(help="Of keys and values: bf16, or int8, which takes half. [default: the dtype; bf16 if quantized]"),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default a GPU where there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as there are cores.")]
 ShowExperts = Annotated[
@@ -65,6 +72,7 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     device: Device = None,
     threads: Threads = None,
     show_experts: ShowExperts = False,
@@ -83,7 +91,7 @@ def generate(
     if temperature == 0:
         _check_greedy(sampling)
     text = _read_prompt(prompt, prompt_file)
-    lm = _load(model, dtype, device, threads)
+    lm = _load(model, dtype, kv_dtype, device, threads)
     ids = _prompt_ids(lm, text, suffix, instruct)
     if max_new_tokens is None:
         max_new_tokens = max(1, min(NEW_TOKENS, lm.config.max_position_embeddings - len(ids)))
@@ -111,6 +119,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
@@ -124,7 +133,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    lm = _load(model, dtype, device, threads)
+    lm = _load(model, dtype, kv_dtype, device, threads)
     conversation = Conversation(lm, system=system, stop=stop or (), sampling=sampling)
     conversation.run()
     if conversation.failed:
@@ -159,7 +168,9 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     return text.removesuffix("\n")
 
 
-def _load(model: Path, dtype: str | None, device: str | None, threads: int | None) -> "LanguageModel":
+def _load(
+    model: Path, dtype: str | None, kv_dtype: str | None, device: str | None, threads: int | None
+) -> "LanguageModel":
     with people().status(f"loading {model}"):
         import torch
 
@@ -167,7 +178,7 @@ def _load(model: Path, dtype: str | None, device: str | None, threads: int | Non
 
         if threads is not None:
             torch.set_num_threads(threads)
-        return load(model, dtype, device)
+        return load(model, dtype, device, kv_dtype)
 
 
 def _prompt_ids(lm: "LanguageModel", text: str, suffix: str | None, instruct: bool) -> list[int]:

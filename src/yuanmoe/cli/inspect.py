@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from yuanmoe.cli.generate import Device, Dtype, Model, Threads
+from yuanmoe.cli.generate import Device, Dtype, KvDtype, Model, Threads
 from yuanmoe.cli.inspect_view import show_rope, show_routing
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.progress import tokens_progress
@@ -44,6 +44,7 @@ def inspect(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write heat maps of every layer to this file, a page.")] = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     device: Device = None,
     threads: Threads = None,
     json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
@@ -53,7 +54,7 @@ def inspect(
         raise UsageError("--rope has nothing to do with experts: give it without --html and --layer")
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"--html {html}: there is no folder {html.absolute().parent}; create it first")
-    ids, lm = _load(model, text, dtype, device, threads)
+    ids, lm = _load(model, text, dtype, kv_dtype, device, threads)
     _check_layer(lm, layer)
     context = context or lm.config.max_position_embeddings
     read = ids[: tokens + 1]
@@ -76,7 +77,7 @@ def inspect(
 
 
 def _load(
-    model: Path, text: Path, dtype: str | None, device: str | None, threads: int | None
+    model: Path, text: Path, dtype: str | None, kv_dtype: str | None, device: str | None, threads: int | None
 ) -> tuple[list[int], "LanguageModel"]:
     """The text as a document, `<eod>` before it, and the model. The text comes first: it costs nothing to refuse."""
     content = read_text(text)
@@ -92,7 +93,7 @@ def _load(
             raise UsageError(f"{text} has {len(ids) - 1} tokens; at least 2 are needed, and some hundreds tell more")
         if threads is not None:
             torch.set_num_threads(threads)
-        return ids, load(model, dtype, device)
+        return ids, load(model, dtype, device, kv_dtype)
 
 
 def _check_layer(lm: "LanguageModel", layer: int | None) -> None:

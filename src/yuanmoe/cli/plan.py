@@ -5,7 +5,7 @@ The numbers are `yuanmoe.plan`'s; here they become one JSON object, and tables o
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -36,55 +36,67 @@ BATCHES = (1, 4, 16)
 
 def plan(
     model: Annotated[str, typer.Argument(help=f"A directory with a config.json, or one of {', '.join(PRESETS)}.")],
-    bits: Annotated[int | None, typer.Option(help="16, 8 or 4; by default the most that fits.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="16, 8 or 4; by default the most that fits, or those of a quantized checkpoint.")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a sequence; by default the model's longest.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences side by side.")] = 1,
     ram: Annotated[str | None, typer.Option(help="Memory to plan for, such as 24GiB.")] = None,
+    kv_dtype: Annotated[Literal["bf16", "int8"], typer.Option(help="Of keys and values.")] = "bf16",
     device: Annotated[
         str | None, typer.Option(help="A named device, such as rtx-4090; by default this machine's CPU.")
     ] = None,
     json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
 ) -> None:
     """Say whether a model fits, how fast it can be and what it costs, without loading it."""
-    name, config = read_model(model)
+    name, config, stored = read_model(model)
     target = _device(device, ram)
     context = config.max_position_embeddings if context is None else context
-    bits = highest_bits(config, target, context=context, batch=batch) if bits is None else bits
-    report = report_of(name, Load(config=config, bits=bits, context=context, batch=batch), target)
+    if bits is not None:
+        stored = None
+    elif stored is not None:
+        bits = min(stored.role_bits.values())
+    else:
+        bits = highest_bits(config, target, context=context, batch=batch)
+    kv_bits = 8 if kv_dtype == "int8" else 16
+    load = Load(config=config, bits=bits, context=context, batch=batch, kv_bits=kv_bits, stored=stored)
+    report = report_of(name, load, target)
     if not json_only:
         _show(report, people())
     print_result(report)
 
 
-def read_model(model: str) -> tuple[str, ModelConfig]:
-    """A name and a configuration: of a preset, or of a checkpoint directory of any format.
+def read_model(model: str) -> tuple[str, ModelConfig, cost.Precision | None]:
+    """A name and a configuration: of a preset, or of a checkpoint directory of any format, and how it is quantized.
 
     Where there is a config.json only that is read. Raises UsageError when it is neither, and what opening a checkpoint
     raises.
     """
     directory = Path(model)
     if directory.is_dir():
-        return directory.resolve().name, _read_config(directory)
+        return directory.resolve().name, *_read_config(directory)
     name = ALIASES.get(model.lower(), model.lower())
     if name not in PRESETS:
         raise UsageError(f"{model!r} is neither a directory nor a preset; presets: {', '.join(PRESETS)}")
-    return name, preset(name)
+    return name, preset(name), None
 
 
-def _read_config(directory: Path) -> ModelConfig:
+def _read_config(directory: Path) -> tuple[ModelConfig, cost.Precision | None]:
     # These know torch's dtypes, and importing torch takes seconds; a preset needs none of it.
     from yuanmoe.checkpoint.json_file import read_json
     from yuanmoe.checkpoint.native_config import FORMAT, read_native_config
     from yuanmoe.checkpoint.official_config import official_fields
+    from yuanmoe.checkpoint.packed_weight import read_record
     from yuanmoe.checkpoint.store import open_checkpoint
 
     path = directory / "config.json"
     if not path.exists():
-        return open_checkpoint(directory).config  # Megatron shards carry their sizes themselves
+        return open_checkpoint(directory).config, None  # Megatron shards carry their sizes themselves
     values = read_json(path)
     if values.get("format") == FORMAT:
-        return read_native_config(path, values)[0]
-    return ModelConfig.from_dict(official_fields(values, ignore_unknown=True))
+        stored = read_record(path, values["quantization"]) if "quantization" in values else None
+        return read_native_config(path, values)[0], stored
+    return ModelConfig.from_dict(official_fields(values, ignore_unknown=True)), None
 
 
 def _device(name: str | None, ram: str | None) -> Device:
@@ -103,7 +115,8 @@ def report_of(name: str, load: Load, device: Device) -> dict[str, Any]:
         "command": "plan",
         "model": name,
         "device": dataclasses.asdict(device),
-        "load": {"bits": load.bits, "context": load.context, "batch": load.batch},
+        "load": {"bits": load.bits, "context": load.context, "batch": load.batch, "kv_bits": load.kv_bits},
+        "quantized": None if load.stored is None else dict(load.stored.role_bits),
         "parameters": _with_total(cost.parameters(config)),
         "active_parameters": _with_total(cost.active_parameters(config)),
         "weight_bytes": {bits: _with_total(cost.weight_bytes(config, p)) for bits, p in cost.PRECISIONS.items()},
@@ -113,7 +126,7 @@ def report_of(name: str, load: Load, device: Device) -> dict[str, Any]:
             "training": cost.training_flops(config),
         },
         "longest_context": config.max_position_embeddings,
-        "kv_bytes_per_token": cost.kv_bytes(config),
+        "kv_bytes_per_token": cost.kv_bytes(config, load.kv_bits),
         "lfa_bytes_per_sequence": cost.lfa_bytes(config),
         "memory": dataclasses.asdict(needed) | {"total": needed.total},
         "fits": fits(load, device),
@@ -171,6 +184,9 @@ def _show(report: dict[str, Any], console: Console) -> None:
     console.print(
         f"{format_size(device['memory_bytes'])}, {format_count(device['bandwidth'], 'B/s')} ({device['source']})\n"
     )
+    if report["quantized"]:
+        bits = ", ".join(f"{role.replace('_', ' ')} {bits}" for role, bits in report["quantized"].items())
+        console.print(f"quantized, in bits: {bits}\n")
     for show in (_show_weights, _show_token, _show_memory, _show_speed, _show_article, _show_verdict):
         show(report, console)
 

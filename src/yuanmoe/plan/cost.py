@@ -209,9 +209,15 @@ def _copies_read(weight: Weight, tokens: int) -> float:
     return expected_experts(weight.copies, weight.active, tokens) if weight.role == "experts" else weight.active
 
 
-def kv_bytes(config: ModelConfig) -> int:
-    """Bytes of keys and values that one token leaves behind in all layers."""
-    return 2 * config.attention_size * config.num_hidden_layers * STATE_BYTES
+def kv_bytes(config: ModelConfig, kv_bits: int = 16) -> int:
+    """Bytes of keys and values that one token leaves behind in all layers; in 8 bits each head has an fp32 scale.
+
+    Raises UsageError for other bits.
+    """
+    if kv_bits not in (8, 16):
+        raise UsageError(f"keys and values in {kv_bits} bits; they are kept in 16 or 8")
+    vector = config.head_dim * kv_bits // 8 + (4 if kv_bits == 8 else 0)
+    return 2 * config.num_attention_heads * vector * config.num_hidden_layers
 
 
 def lfa_bytes(config: ModelConfig) -> int:
@@ -221,9 +227,11 @@ def lfa_bytes(config: ModelConfig) -> int:
     return (config.hidden_size + config.hidden_size // 2) * config.num_hidden_layers * STATE_BYTES
 
 
-def decode_bytes(config: ModelConfig, precision: Precision, *, context: int, batch: int = 1) -> float:
+def decode_bytes(
+    config: ModelConfig, precision: Precision, *, context: int, batch: int = 1, kv_bits: int = 16
+) -> float:
     """Bytes that one decoding step reads: the weights at work, and each sequence's keys, values and LFA state."""
-    state = context * kv_bytes(config) + lfa_bytes(config)
+    state = context * kv_bytes(config, kv_bits) + lfa_bytes(config)
     return read_bytes(config, precision, batch) + batch * state
 
 

@@ -76,16 +76,25 @@ class Load:
     context: int
     """Tokens of one sequence, prompt and answer."""
     batch: int = 1
+    kv_bits: int = 16
+    """Of cached keys and values: 16 or 8."""
+    stored: Precision | None = None
+    """Of a checkpoint that is quantized already; otherwise what `bits` stands for."""
 
     def __post_init__(self) -> None:
         cost.precision(self.bits)
+        cost.kv_bytes(self.config, self.kv_bits)
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def precision(self) -> Precision:
-        return PRECISIONS[self.bits]
+        return self.stored or PRECISIONS[self.bits]
+
+    def with_bits(self, bits: int) -> "Load":
+        """The same with weights quantized anew."""
+        return dataclasses.replace(self, bits=bits, stored=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +110,7 @@ def memory(load: Load) -> Memory:
     tokens = max(min(load.context, PREFILL_TOKENS), load.batch)
     return Memory(
         weights=sum(cost.weight_bytes(load.config, load.precision).values()),
-        kv_cache=load.batch * load.context * cost.kv_bytes(load.config),
+        kv_cache=load.batch * load.context * cost.kv_bytes(load.config, load.kv_bits),
         lfa_state=load.batch * cost.lfa_bytes(load.config),
         activations=activation_bytes(load.config, tokens, load.batch),
     )
@@ -121,7 +130,7 @@ def highest_bits(config: ModelConfig, device: Device, *, context: int, batch: in
 def decode(load: Load, device: Device, context: int | None = None) -> Speed:
     """Speed of one token for every sequence, each having seen `context` tokens (by default the load's full context)."""
     seen = load.context if context is None else context
-    bytes_read = cost.decode_bytes(load.config, load.precision, context=seen, batch=load.batch)
+    bytes_read = cost.decode_bytes(load.config, load.precision, context=seen, batch=load.batch, kv_bits=load.kv_bits)
     flops = load.batch * (cost.forward_flops(load.config) + cost.attention_flops(load.config, seen))
     return _roofline(load, device, load.batch, bytes_read, flops)
 
@@ -159,7 +168,7 @@ def remedies(load: Load, device: Device) -> list[Remedy]:
         *_shorter_or_fewer(load, device),
     ]
     if not any(found) and load.bits > fewest:
-        found = _shorter_or_fewer(dataclasses.replace(load, bits=fewest), device)
+        found = _shorter_or_fewer(load.with_bits(fewest), device)
     changes = [_remedy(load, lighter) for lighter in found if lighter is not None]
     return [*changes, *_smallest_device(load)]
 
@@ -175,7 +184,7 @@ def _largest_that_fits(load: Load, device: Device, field: str, values: Sequence[
     """The load with the largest of `values` in one field; they ascend, and memory with them."""
 
     def with_value(value: int) -> Load:
-        return dataclasses.replace(load, **{field: value})
+        return load.with_bits(value) if field == "bits" else dataclasses.replace(load, **{field: value})
 
     count = bisect.bisect_left(values, True, key=lambda value: not fits(with_value(value), device))
     return with_value(values[count - 1]) if count else None
