@@ -10,7 +10,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -74,6 +74,8 @@ class Contents:
     """Asked after each shard; the manifest keeps them with it."""
     extras: Extras = nothing
     """Asked when all shards are written."""
+    beside: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
+    """More safetensors files by name, which are no part of the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +106,12 @@ def write_checkpoint(
     """
     dst = Path(dst).absolute()
     shards = _plan(contents.tensors, shard_bytes)
-    total = sum(tensor.nbytes for tensor in contents.tensors.values())
+    files = {**shards, **contents.beside}
+    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     with new_folder(dst, overwrite=overwrite) as folder:
-        manifest = _begin(folder, contents, shards, say)
+        manifest = _begin(folder, contents, files, say)
         resumed = len(manifest.shards)
-        missing = {name: tensors for name, tensors in shards.items() if name not in manifest.shards}
+        missing = {name: tensors for name, tensors in files.items() if name not in manifest.shards}
         done = total - sum(tensor.nbytes for tensors in missing.values() for tensor in tensors.values())
         copies_bytes = sum(path.stat().st_size for path in contents.copies)
         check_free_disk(folder, total - done + copies_bytes + _SMALL_FILES_BYTES)
@@ -126,7 +129,7 @@ def write_checkpoint(
             manifest.shards[name] = entry | {"facts": learned} if learned else entry
             manifest.write(folder)
         facts = {name: fact for entry in manifest.shards.values() for name, fact in entry.get("facts", {}).items()}
-        _write_small_files(folder, contents, shards, total)
+        _write_small_files(folder, contents, shards)
         for name, values in contents.extras(facts).items():
             write_synced(folder / name, json_text(values))
         # Without the fingerprint nothing resumes from it: should a process be killed while it exchanges the finished
@@ -190,11 +193,10 @@ def _fingerprint(contents: Contents, shards: Mapping[str, Mapping[str, LazyTenso
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _write_small_files(
-    folder: Path, contents: Contents, shards: Mapping[str, Mapping[str, LazyTensor]], total: int
-) -> None:
+def _write_small_files(folder: Path, contents: Contents, shards: Mapping[str, Mapping[str, LazyTensor]]) -> None:
     if len(shards) > 1:
         places = {name: shard for shard, tensors in shards.items() for name in tensors}
+        total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_synced(folder / SAFETENSORS_INDEX, json_text(index))
     for path in contents.copies:
