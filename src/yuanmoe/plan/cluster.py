@@ -1,0 +1,209 @@
+"""How a model trains on a cluster: the time of a step and its parts, the memory of every stage, and the best layout.
+
+The schedule is 1F1B: stage p of P holds P - p micro-batches in flight, and a step takes one micro-batch through every
+stage and then the slowest stage for each of the others; for equal stages that is T0 + T1 of the paper (`paper.py`).
+Nothing overlaps but FSDP's exchange with computing, as the paper reckons.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from yuanmoe.plan import cost
+from yuanmoe.plan.layout import Layout, Training, check_stages, find_layouts
+from yuanmoe.plan.nodes import Cluster
+from yuanmoe.plan.parts import STATE_BYTES, Case, Part, total
+from yuanmoe.plan.split import Demand, possible, spans, split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of a step."""
+
+    compute: float
+    """Of an average stage."""
+    bubble: float
+    """Waiting for the first micro-batch, for the last one, and for slower stages."""
+    pipeline: float
+    """Results and gradients between stages."""
+    experts: float
+    """Tokens on their way to experts and back."""
+    gradients: float
+    """Gradients and sharded weights between data ranks."""
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.bubble + self.pipeline + self.experts + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Bytes on each device of a stage at its fullest."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.runtime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A layout, the layers of its stages, and what comes of it."""
+
+    layout: Layout
+    stages: tuple[int, ...]
+    memory: tuple[StageMemory, ...]
+    time: StepTime
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest stage."""
+        return max(memory.total for memory in self.memory)
+
+
+class Candidate:
+    """A layout before its stages have layers."""
+
+    def __init__(self, case: Case) -> None:
+        config = case.training.config
+        kinds = {num_experts: case.layer(num_experts) for num_experts in set(config.experts_per_layer)}
+        self.case = case
+        self.layers: list[Part] = [kinds[num_experts] for num_experts in config.experts_per_layer]
+        self.around = case.around()
+        self.accumulation = case.layout.accumulation(case.training)
+
+    @cached_property
+    def demand(self) -> Demand:
+        """What bounds the layers of each stage."""
+        num_stages = self.case.layout.stages
+        return Demand(
+            layer_bytes=[layer.fixed_bytes for layer in self.layers],
+            layer_kept=[layer.kept for layer in self.layers],
+            layer_s=[layer.micro_batch_s for layer in self.layers],
+            stage_bytes=[stage.fixed_bytes for stage in self.around],
+            stage_s=[stage.micro_batch_s for stage in self.around],
+            in_flight=[min(self.accumulation, num_stages - stage) for stage in range(num_stages)],
+        )
+
+    def least_s(self) -> float:
+        """No list of stages makes the step faster than equal shares of the work would."""
+        every_s = sum(self.demand.layer_s) + sum(self.demand.stage_s)
+        return every_s * (1 + (self.accumulation - 1) / self.case.layout.stages)
+
+    def least_bytes(self) -> float:
+        """No list of stages gets by with less memory than equal shares of one micro-batch each."""
+        demand = self.demand
+        return (sum(demand.stage_bytes) + sum(demand.layer_bytes) + sum(demand.layer_kept)) / demand.num_stages
+
+    def fits(self, stages: tuple[int, ...] | None = None) -> bool:
+        """Whether the fullest stage fits its devices, with these layers on each or with some list."""
+        limit = self.case.cluster.device.memory_bytes
+        return possible(self.demand, limit) if stages is None else self.plan(stages).peak_bytes <= limit
+
+    def plan(self, stages: tuple[int, ...] | None = None) -> Plan:
+        """With these layers on each stage, or the best ones."""
+        stages = stages or split(self.demand, self.case.cluster.device.memory_bytes)
+        whole = [
+            total([around, *self.layers[first:end]])
+            for around, (first, end) in zip(self.around, spans(stages), strict=True)
+        ]
+        return Plan(
+            layout=self.case.layout,
+            stages=stages,
+            memory=tuple(map(_memory, whole, self.demand.in_flight)),
+            time=self._time(whole),
+        )
+
+    def _time(self, stages: list[Part]) -> StepTime:
+        A, P = self.accumulation, len(stages)
+        passing = sum(stage.micro_batch_s for stage in stages)
+        slowest = max(stage.micro_batch_s for stage in stages)
+        gathers = A * sum(stage.gathers_s for stage in stages) / P
+        return StepTime(
+            compute=A * sum(stage.compute_s for stage in stages) / P,
+            bubble=passing + (A - 1) * slowest - A * passing / P,
+            pipeline=A * self._boundary_bytes() / self.case.cluster.boundary(self.case.layout.data, P),
+            experts=A * sum(stage.experts_s for stage in stages) / P,
+            gradients=gathers + max(stage.reduce_s for stage in stages),
+            optimizer=max(stage.update_s for stage in stages),
+        )
+
+    def _boundary_bytes(self) -> int:
+        """What an inner stage gets and sends of a micro-batch, to and from both neighbours; the paper's 8 B S H."""
+        neighbours = min(2, self.case.layout.stages - 1)
+        return neighbours * 2 * STATE_BYTES * self.case.micro_batch_tokens * self.case.training.config.hidden_size
+
+
+def _memory(stage: Part, in_flight: int) -> StageMemory:
+    return StageMemory(
+        weights=round(stage.weights),
+        gradients=round(stage.gradients),
+        optimizer=round(stage.optimizer),
+        activations=round(stage.workspace + in_flight * stage.kept),
+        loss=round(stage.loss),
+        runtime=round(stage.runtime),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be trained where, and what of the layout is given."""
+
+    training: Training
+    cluster: Cluster
+    words: tuple[str, ...] = ()
+    """Of the layout."""
+    stages: tuple[int, ...] | None = None
+    """Layers of each stage; None leaves them open."""
+
+    def candidates(self) -> list[Candidate]:
+        """Every layout that agrees. Raises UsageError when there are none."""
+        if self.stages is not None:
+            check_stages(self.stages, self.training, self.cluster.size)
+        count = () if self.stages is None else (f"pp{len(self.stages)}",)
+        found = find_layouts(self.training, self.cluster.size, (*self.words, *count))
+        return [Candidate(Case(training=self.training, cluster=self.cluster, layout=layout)) for layout in found]
+
+
+def rank(request: Request) -> list[Plan]:
+    """The layouts that fit: the best of each number of stages and of ranks for experts, fastest first."""
+    limit = request.cluster.device.memory_bytes
+    best: dict[tuple[int, int], Plan] = {}
+    for candidate in sorted(request.candidates(), key=Candidate.least_s):
+        kind = (candidate.case.layout.stages, candidate.case.layout.experts)
+        known = best[kind].time.total if kind in best else math.inf
+        if candidate.least_s() < known and candidate.fits(request.stages):
+            plan = candidate.plan(request.stages)
+            if plan.time.total < known:
+                best[kind] = plan
+    return sorted(best.values(), key=lambda plan: plan.time.total)
+
+
+def nearest(request: Request) -> Plan:
+    """The layout that needs least memory."""
+    best: Plan | None = None
+    for candidate in sorted(request.candidates(), key=Candidate.least_bytes):
+        if best is not None and candidate.least_bytes() >= best.peak_bytes:
+            break
+        plan = candidate.plan(request.stages)
+        if best is None or plan.peak_bytes < best.peak_bytes:
+            best = plan
+    assert best is not None, "a request without candidates is an error"
+    return best
+
+
+def training_flops(training: Training) -> float:
+    """Model FLOPs of a step: nothing computed twice, each token seeing half of its sequence."""
+    return training.tokens * cost.training_flops(training.config, (training.sequence_length + 1) / 2)
+
+
+def model_flops_utilization(training: Training, cluster: Cluster, step_s: float) -> float:
+    """Share of the cluster's matmul peak that went into the model (MFU)."""
+    return training_flops(training) / (step_s * cluster.size * cluster.flops_per_s / cluster.matmul_share)

@@ -1,0 +1,55 @@
+"""What would make training fit when no layout does: fewer wishes, more machines, shorter sequences, larger devices."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from yuanmoe.errors import UsageError
+from yuanmoe.plan.cluster import Plan, Request
+from yuanmoe.plan.sizes import GIB
+
+MOST_NODES = 64
+"""Times as many nodes as asked for; more would be no remedy."""
+
+SHORTEST_SEQUENCE = 256
+
+
+def remedies(request: Request, nearest: Plan) -> list[str]:
+    """Options that, changed alone, let some layout fit; each as small a change as possible by doubling or halving."""
+    kinds = (_fewer_wishes(request), _more_nodes(request), _shorter(request))
+    found = (next((options for options, other in kind if _fits(other)), None) for kind in kinds)
+    memory = f"--ram {math.ceil(nearest.peak_bytes / GIB)}GiB (each device)"
+    return [*(options for options in found if options is not None), memory]
+
+
+def _fewer_wishes(request: Request) -> Iterator[tuple[str, Request]]:
+    if request.stages is not None:
+        yield "without --stages", dataclasses.replace(request, stages=None)
+    if request.words:
+        yield "without --layout", dataclasses.replace(request, words=())
+    if request.words and request.stages is not None:
+        yield "without --layout and --stages", dataclasses.replace(request, words=(), stages=None)
+
+
+def _more_nodes(request: Request) -> Iterator[tuple[str, Request]]:
+    factor = 2
+    while factor <= MOST_NODES:
+        nodes = factor * request.cluster.nodes
+        yield f"--nodes {nodes}", dataclasses.replace(request, cluster=request.cluster.with_nodes(nodes))
+        factor *= 2
+
+
+def _shorter(request: Request) -> Iterator[tuple[str, Request]]:
+    length = request.training.sequence_length // 2
+    while length >= SHORTEST_SEQUENCE:
+        training = dataclasses.replace(request.training, sequence_length=length)
+        yield f"--seq {length}", dataclasses.replace(request, training=training)
+        length //= 2
+
+
+def _fits(request: Request) -> bool:
+    try:
+        candidates = request.candidates()
+    except UsageError:  # more devices may divide neither the batch nor a given layout
+        return False
+    return any(candidate.fits(request.stages) for candidate in sorted(candidates, key=lambda each: each.least_bytes()))
