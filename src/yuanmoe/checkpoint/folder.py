@@ -2,7 +2,8 @@
 
 Whatever had the name before stays untouched until the new one is complete, and is exchanged for it in one step where
 the system can (Linux). `NAME.partial` is known to be ours by a file beside `checkpoint`, which may be what was replaced
-when a process is killed at the very end. Not here: what is in the directory (`writer.py`).
+when a process is killed at the very end. Packed tokens are written in the same way, see `Kind`.
+Not here: what is in the directory (`writer.py`).
 """
 
 import ctypes
@@ -12,12 +13,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from yuanmoe.errors import CheckpointError, ResourceError, UsageError
+from yuanmoe.errors import CheckpointError, ResourceError, UsageError, YuanError
 from yuanmoe.plan.sizes import format_size
 
-_CONTENT = "checkpoint"
 _MARKER = "unfinished.txt"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -25,23 +26,39 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What such a directory is."""
+
+    noun: str
+    """In messages, and the name of the content in `NAME.partial`."""
+    proof: str
+    """A file that every directory of this kind has; one without it is not overwritten."""
+    error: type[YuanError]
+    """What a user may have to be told is of this class."""
+
+
+CHECKPOINT = Kind(noun="checkpoint", proof="config.json", error=CheckpointError)
+
+
 @contextmanager
-def new_folder(dst: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_folder(dst: Path, *, overwrite: bool, kind: Kind = CHECKPOINT) -> Iterator[Path]:
     """A folder to write into, which becomes `dst` when the block ends, and is kept for the next run when it raises.
 
-    Raises CheckpointError when there is something at `dst` and not `overwrite`, when that is no checkpoint, when
+    Raises the error of `kind` when there is something at `dst` and not `overwrite`, when that is of another kind, when
     another process is writing it, or when `NAME.partial` is not ours; ResourceError when the disk is full.
     """
-    _check_destination(dst, overwrite)
+    _check_destination(dst, overwrite, kind)
     partial = dst.with_name(dst.name + ".partial")
-    with _disk_errors(partial):
+    with _disk_errors(partial, kind):
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY)
         try:
-            _claim(descriptor, partial)
-            (partial / _CONTENT).mkdir(exist_ok=True)
-            yield partial / _CONTENT
-            _publish(partial, dst)
+            _claim(descriptor, partial, kind)
+            content = partial / kind.noun
+            content.mkdir(exist_ok=True)
+            yield content
+            _publish(content, dst)
         finally:
             os.close(descriptor)
 
@@ -82,37 +99,35 @@ def copy_synced(source: Path, folder: Path) -> None:
         os.fsync(copy.fileno())
 
 
-def _check_destination(dst: Path, overwrite: bool) -> None:
+def _check_destination(dst: Path, overwrite: bool, kind: Kind) -> None:
     if not dst.exists():
         return
     if not dst.is_dir():
-        raise CheckpointError(f"{dst} is a file; name a directory")
+        raise kind.error(f"{dst} is a file; name a directory")
     if not any(dst.iterdir()):
         return
     if not overwrite:
-        raise CheckpointError(
-            f"{dst} exists and is left as it is; choose another name, or overwrite=True (--overwrite)"
-        )
-    if not (dst / "config.json").is_file():
-        raise CheckpointError(
-            f"{dst} is not a checkpoint (it has no config.json), so it is not overwritten; remove it yourself"
+        raise kind.error(f"{dst} exists and is left as it is; choose another name, or overwrite=True (--overwrite)")
+    if not (dst / kind.proof).is_file():
+        raise kind.error(
+            f"{dst} is not a {kind.noun} (it has no {kind.proof}), so it is not overwritten; remove it yourself"
         )
 
 
-def _claim(descriptor: int, partial: Path) -> None:
+def _claim(descriptor: int, partial: Path, kind: Kind) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise CheckpointError(f"another process is writing {partial}; wait for it, or choose another name") from error
+        raise kind.error(f"another process is writing {partial}; wait for it, or choose another name") from error
     if not (partial / _MARKER).exists():
         if any(not path.name.startswith(_MARKER) for path in partial.iterdir()):
-            raise CheckpointError(f"{partial} is in the way: it is not an unfinished checkpoint; move it")
+            raise kind.error(f"{partial} is in the way: it is not an unfinished {kind.noun}; move it")
         write_synced(partial / _MARKER, "yuanmoe goes on here when the same command runs again; safe to remove\n")
 
 
-def _publish(partial: Path, dst: Path) -> None:
+def _publish(content: Path, dst: Path) -> None:
     """Give the finished content the name `dst`, and remove what had it."""
-    content = partial / _CONTENT
+    partial = content.parent
     _sync(content)
     if not dst.exists():
         content.rename(dst)
@@ -141,12 +156,12 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(partial: Path) -> Iterator[None]:
+def _disk_errors(partial: Path, kind: Kind) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
-            raise CheckpointError(f"writing {partial} failed: {error}") from error
+            raise kind.error(f"writing {partial} failed: {error}") from error
         raise ResourceError(
             f"the disk is full: {error.strerror} in {partial}. What is finished is kept there; "
             "make room and run the same command again to go on"

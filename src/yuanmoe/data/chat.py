@@ -2,7 +2,7 @@
 
 Sources: the template published with the Janus models, and the formats of IEIT-Yuan/Yuan2.0-M32 (docs/data_process.md).
 The format has one special token, the last `<sep>`; turns are told apart by newlines alone, which contents may hold too.
-Not here: the Jinja form of the same format (`chat_template`), the loss mask of fine-tuning.
+Not here: the Jinja form of the same format (`chat_template`), the loss mask of fine-tuning (`finetuning`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,14 @@ def render_chat(messages: Sequence[Message], *, newline: Newline = "newline") ->
 
 
 def _render(messages: Sequence[Message], newline: Newline) -> str:
-    """System contents with a newline, the others stripped and joined by `newline`; nothing after the last."""
+    return "".join(render_turns(messages, newline=newline))
+
+
+def render_turns(messages: Sequence[Message], *, newline: Newline = "newline") -> list[str]:
+    """The text of each message: system contents with a newline, the others stripped, with `newline` but the last.
+
+    Raises UsageError when there is no conversation that waits for its answer in `messages`.
+    """
     end = turn_end(newline)
     if not messages:
         raise UsageError("the conversation has 0 messages; it needs at least 1, from the user")
@@ -45,7 +52,7 @@ def _render(messages: Sequence[Message], newline: Newline) -> str:
         content + "\n" if message["role"] == "system" else content.strip() + end
         for message, content in zip(messages[:-1], contents[:-1], strict=True)
     ]
-    return "".join(turns) + contents[-1].strip()
+    return [*turns, contents[-1].strip()]
 
 
 def _content(place: int, message: Message) -> str:

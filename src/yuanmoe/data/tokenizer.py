@@ -6,11 +6,13 @@ Source: the tokenizer set-up of IEIT-Yuan/Yuan2.0-M32 (`<eod>` ends a document, 
 Not here: the two kinds of tokenizers (`sentencepiece_tokenizer`, `bpe`), conversations (`chat`).
 """
 
+import hashlib
 import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -60,6 +62,11 @@ class Tokenizer(ABC):
     def vocab_size(self) -> int:
         """Number of ids, special tokens included; a model may have more rows (padding), never fewer."""
         return len(self._token_bytes)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file that `save` writes: the same for two tokenizers that give the same ids."""
+        return hashlib.sha256(self._to_file()).hexdigest()
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """Ids of `text`, with nothing added around them.

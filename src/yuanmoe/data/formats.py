@@ -1,0 +1,187 @@
+"""Records to documents of tokens: text, conversations, and the official form of one document a line.
+
+The official form (IEIT-Yuan/Yuan2.0-M32, docs/data_process.md and tools/preprocess_data_yuan.py): inner newlines are
+written `<n>`, `[SEP]` is `<sep>`, U+2583 and carriage returns are dropped, as are a leading `<n>` and outer whitespace.
+Text of strangers cannot type special tokens; only the official form has one, `<sep>`.
+This is what runs in every worker process. Not here: files (`records.py`), what is written (`output.py`).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from yuanmoe.data.chat_template import SEP, Newline
+from yuanmoe.data.finetuning import encode_conversation, encode_line, first_sep_mask, messages_of
+from yuanmoe.data.sentencepiece_tokenizer import unescape_newlines
+from yuanmoe.data.tokenizer import Tokenizer
+from yuanmoe.errors import DataError, UsageError
+
+Format = Literal["text", "chat", "official", "official-sft"]
+LossRule = Literal["answers", "official"]
+
+BINARY_PROBE_BYTES = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatOptions:
+    """How records are read."""
+
+    format: Format = "text"
+    """`text` (a whole file, or a field of a record), `chat` (messages, or prompt and completion), `official` (one
+    document a line, newlines as `<n>`) or `official-sft` (such lines as `instruction<sep>response`, with a mask)."""
+    text_field: str = "text"
+    """Of JSON records and tables."""
+    loss: LossRule = "answers"
+    """`answers` of every turn, or `official`: all from the first `<sep>` on."""
+    newline: Newline = "newline"
+    """Between the turns of a conversation."""
+    skip_bad: bool = False
+    """Leave out records that cannot be read, and count them, instead of stopping."""
+
+    @property
+    def one_document_a_line(self) -> bool:
+        return self.format in ("official", "official-sft")
+
+    @property
+    def masked(self) -> bool:
+        return self.format in ("chat", "official-sft")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of tables."""
+        return ("messages", "prompt", "completion") if self.format == "chat" else (self.text_field,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Neighbouring records of one file."""
+
+    name: str
+    first: int
+    """The number of the first record, from 1."""
+    json: bool
+    """Whether records are JSON objects; else they are text."""
+    records: list[bytes]
+
+
+@dataclass(slots=True, kw_only=True)
+class Encoded:
+    """Documents of some records, one after another."""
+
+    ids: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.bool_] | None
+    text_bytes: int
+    skipped: Counter[str]
+
+
+@dataclass(slots=True)
+class _Document:
+    ids: list[int]
+    mask: list[bool] | None
+    text_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """Turns records into tokens; the same records give the same tokens, wherever and whenever."""
+
+    tokenizer: Tokenizer
+    options: FormatOptions = field(default_factory=FormatOptions)
+
+    def __call__(self, parts: Iterable[Part]) -> Encoded:
+        """Raises DataError with the place of a record that cannot be read, unless those are skipped."""
+        skipped: Counter[str] = Counter()
+        documents: list[_Document] = []
+        for part in parts:
+            for number, record in enumerate(part.records, part.first):
+                found = self._guarded(part, number, record)
+                if isinstance(found, str):
+                    skipped[found] += 1
+                else:
+                    documents.append(found)
+        dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
+        ids = [np.array(document.ids, dtype=dtype) for document in documents]
+        masks = [np.array(document.mask, dtype=np.bool_) for document in documents if document.mask is not None]
+        return Encoded(
+            ids=np.concatenate(ids) if ids else np.empty(0, dtype),
+            lengths=np.array([len(document.ids) for document in documents], dtype=np.int64),
+            mask=(np.concatenate(masks) if masks else np.empty(0, np.bool_)) if self.options.masked else None,
+            text_bytes=sum(document.text_bytes for document in documents),
+            skipped=skipped,
+        )
+
+    def _guarded(self, part: Part, number: int, record: bytes) -> _Document | str:
+        """The document of a record, or the reason to leave it out."""
+        try:
+            return self._document(part, record)
+        except (ValueError, RecursionError) as error:  # UsageError is a ValueError too
+            if self.options.skip_bad:
+                return "unreadable record"
+            raise DataError(
+                f"{part.name}, record {number}: {error}. Mend it, or leave such records out (--skip-bad)"
+            ) from None
+
+    def _document(self, part: Part, record: bytes) -> _Document | str:
+        if not part.json and b"\0" in record[:BINARY_PROBE_BYTES]:
+            return "binary"
+        try:
+            text = record.decode("utf-8-sig", errors="surrogatepass" if part.json else "strict")
+        except UnicodeDecodeError:
+            if part.json or self.options.one_document_a_line:
+                raise
+            return "not UTF-8"
+        values = _json_object(text) if part.json and text.strip() else {}
+        if part.json and not values:
+            return "empty"
+        if self.options.format == "chat":
+            return self._conversation(values if part.json else None)
+        return self._of_text(self._text(values) if part.json else text.replace("\r\n", "\n"))
+
+    def _text(self, values: dict[str, Any]) -> str:
+        text = values.get(self.options.text_field)
+        if not isinstance(text, str):
+            raise UsageError(
+                f"no text in the field {self.options.text_field!r}, the record has {', '.join(values)}; name another "
+                "with --text-field"
+            )
+        return text
+
+    def _of_text(self, text: str) -> _Document | str:
+        if self.options.one_document_a_line:
+            text = clean_line(text)
+        if not text.strip():
+            return "empty"
+        size = len(text.encode(errors="surrogatepass"))
+        if not self.options.one_document_a_line:
+            return _Document([*self.tokenizer.encode(text, allow_special=False), self.tokenizer.eod_id], None, size)
+        ids = encode_line(self.tokenizer, text)
+        mask = first_sep_mask(ids, self.tokenizer.sep_id) if self.options.masked else None
+        return _Document(ids, mask, size)
+
+    def _conversation(self, values: dict[str, Any] | None) -> _Document:
+        if values is None:
+            raise UsageError("conversations are read from .jsonl (also .gz, .zst) and .parquet files, this is none")
+        messages = messages_of(values)
+        ids, mask = encode_conversation(self.tokenizer, messages, newline=self.options.newline)
+        if self.options.loss == "official":
+            mask = first_sep_mask(ids, self.tokenizer.sep_id)
+        return _Document(ids, mask, sum(len(str(message.get("content")).encode()) for message in messages))
+
+
+def clean_line(line: str) -> str:
+    """A line of the official form as text, `<sep>` still in it."""
+    line = line.replace("[SEP]", SEP).replace("\u2583", "").replace("\r", "").strip()
+    return unescape_newlines(line.removeprefix("<n>")).strip()
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise UsageError(f"a {type(values).__name__} where a JSON object is wanted")
+    return values
