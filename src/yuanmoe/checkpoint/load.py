@@ -24,9 +24,13 @@ from yuanmoe.checkpoint.store import Source, open_checkpoint
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.quantized import quantized_model
+from yuanmoe.ops.quant import BITS
 from yuanmoe.plan import cost
 from yuanmoe.plan.machine import read_machine
 from yuanmoe.plan.sizes import format_size
+
+ASSUMED_RATE = 1e9
+"""Bytes a second of a disk that could not be measured."""
 
 
 def load_model(
@@ -109,15 +113,22 @@ def _read_ahead(source: Source, tensors: Mapping[str, LazyTensor]) -> None:
         files = source.files if mapped else ()
         Thread(target=lambda: [file.touch() for file in files], name="weights ahead", daemon=True).start()
         return
+    warnings.warn(_cost_of_disk(source, mapped, free), RuntimeWarning, stacklevel=3)
+
+
+def _cost_of_disk(source: Source, mapped: int, free: int) -> str:
+    """What it takes to run weights of which only a part fits into memory."""
     width = 1.0 if source.precision else source.dtype.itemsize / cost.STATE_BYTES
     read = width * cost.read_bytes(source.config, source.precision or cost.precision(16))
     from_disk = read * (1 - free / mapped)
-    warnings.warn(
+    rate = max(source.files, key=lambda file: file.size).fault_rate()
+    measured = f"{(rate or ASSUMED_RATE) / 1e9:.2f} GB/s {'measured now' if rate else 'assumed'}"
+    few = source.precision is not None and min(source.precision.role_bits.values()) == min(BITS)
+    ways = "more memory helps" if few else "more memory helps, or fewer bits: yuanmoe quantize"
+    return (
         f"the weights of {source.path} take {format_size(mapped)}, {format_size(free)} of RAM are free: of the "
-        f"{format_size(read)} that a token reads about {format_size(from_disk)} come from the disk, each time "
-        f"{from_disk / 1e9:.2f} s at 1 GB/s. More memory or fewer bits help: yuanmoe quantize",
-        RuntimeWarning,
-        stacklevel=3,
+        f"{format_size(read)} that a token reads about {format_size(from_disk)} come from the disk, "
+        f"{from_disk / (rate or ASSUMED_RATE):.2g} s a token at the {measured}; {ways}"
     )
 
 

@@ -6,6 +6,7 @@ them (torch takes seconds). Exit codes: 0 done, 1 an error of ours, 2 a wrong ca
 
 import os
 import sys
+import warnings
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
@@ -22,6 +23,8 @@ COMMANDS = {
     "quantize": ("quantize", "Write a model in 4 or 8 bits, and what that costs."),
     "generate": ("generate", "Complete a text."),
     "chat": ("generate", "Talk with a model."),
+    "serve": ("serve", "An OpenAI endpoint and a page, for many at once."),
+    "api-key": ("serve", "Make a key for the server."),
     "inspect": ("inspect", "Look into a model: what it does with a text."),
     "bench": ("bench", "Measure speed side by side with transformers."),
     "demo": ("demo", "Train a small model here and let it complete code."),
@@ -66,6 +69,11 @@ def _fail(error: YuanError) -> NoReturn:
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """In a line, for people, without the line of code that it came from."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from yuanmoe import __version__
@@ -107,4 +115,5 @@ def main() -> None:
     # program takes a core: a training step then took 20 times as long. A short spin costs 10 % on quiet cores, none at
     # all 60 % (docs/log.md). Read when torch loads, so set before.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    warnings.showwarning = _show_warning
     app(prog_name="yuanmoe")
