@@ -19,11 +19,12 @@ import typer
 from rich.console import Console
 
 from yuanmoe.cli.output import people, print_result, print_table
-from yuanmoe.config import PRESETS, preset
-from yuanmoe.plan.cost import PRECISIONS, weight_bytes
+from yuanmoe.cli.plan import read_model
+from yuanmoe.config import PRESETS, ModelConfig, preset
+from yuanmoe.plan.cost import PRECISIONS, Precision, weight_bytes
 from yuanmoe.plan.devices import Device
 from yuanmoe.plan.machine import Machine, as_device, measure_bandwidth, measure_matmul, read_machine
-from yuanmoe.plan.planner import Load, decode, fits, highest_bits, memory
+from yuanmoe.plan.planner import decode, fits, load_of, memory
 from yuanmoe.plan.sizes import format_count, format_size
 
 REQUIRED = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "typer", "rich")
@@ -41,6 +42,9 @@ class Finding:
 
 
 def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint directory too: whether it would run here, and how fast.")
+    ] = None,
     json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
 ) -> None:
     """Say what this machine has, what is missing and what to do; a few seconds of measuring."""
@@ -57,7 +61,8 @@ def doctor(
         "threads": {name: os.environ.get(name) for name in THREAD_VARIABLES},
     }
     here = [as_device(machine, bandwidth, matmul)] if machine.memory_bytes else []
-    report["models"] = [row for device in (*here, *gpus) for row in runnable(device)]
+    models = [(name, preset(name), None) for name in PRESETS] + ([read_model(model)] if model else [])
+    report["models"] = [runnable(*each, device) for device in (*here, *gpus) for each in models]
     findings = [*missing(report), *slow(machine, report)]
     report["findings"] = [dataclasses.asdict(finding) for finding in findings]
     if not json_only:
@@ -92,23 +97,21 @@ def installed(package: str) -> str | None:
         return None
 
 
-def runnable(device: Device) -> Iterator[dict[str, Any]]:
-    """Every preset on a device, with the most bits that fit and one sequence of the full context."""
-    for name in PRESETS:
-        config = preset(name)
-        context = config.max_position_embeddings
-        load = Load(config=config, bits=highest_bits(config, device, context=context), context=context)
-        speed = decode(load, device, context=0)
-        yield {
-            "model": name,
-            "device": device.name,
-            "bits": load.bits,
-            "context": context,
-            "fits": fits(load, device),
-            "memory_bytes": memory(load).total,
-            "tokens_per_s_bound": speed.bound,
-            "tokens_per_s_predicted": speed.predicted,
-        }
+def runnable(name: str, config: ModelConfig, stored: Precision | None, device: Device) -> dict[str, Any]:
+    """A model on a device, as it is stored or with the most bits that fit, and one sequence of the full context."""
+    context = config.max_position_embeddings
+    load = load_of(config, stored, device, context=context)
+    speed = decode(load, device, context=0)
+    return {
+        "model": name,
+        "device": device.name,
+        "bits": load.bits,
+        "context": context,
+        "fits": fits(load, device),
+        "memory_bytes": memory(load).total,
+        "tokens_per_s_bound": speed.bound,
+        "tokens_per_s_predicted": speed.predicted,
+    }
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------

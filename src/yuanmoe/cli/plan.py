@@ -23,7 +23,7 @@ from yuanmoe.plan.planner import (
     Speed,
     decode,
     fits,
-    highest_bits,
+    load_of,
     memory,
     prefill,
     remedies,
@@ -52,15 +52,8 @@ def plan(
     name, config, stored = read_model(model)
     target = _device(device, ram)
     context = config.max_position_embeddings if context is None else context
-    if bits is not None:
-        stored = None
-    elif stored is not None:
-        bits = min(stored.role_bits.values())
-    else:
-        bits = highest_bits(config, target, context=context, batch=batch)
-    kv_bits = 8 if kv_dtype == "int8" else 16
-    load = Load(config=config, bits=bits, context=context, batch=batch, kv_bits=kv_bits, stored=stored)
-    report = report_of(name, load, target)
+    load = load_of(config, stored, target, context=context, batch=batch, kv_bits=8 if kv_dtype == "int8" else 16)
+    report = report_of(name, load if bits is None else load.with_bits(bits), target)
     if not json_only:
         _show(report, people())
     print_result(report)

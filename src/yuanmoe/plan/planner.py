@@ -127,6 +127,14 @@ def highest_bits(config: ModelConfig, device: Device, *, context: int, batch: in
     return next((load.bits for load in loads if fits(load, device)), ordered[-1])
 
 
+def load_of(
+    config: ModelConfig, stored: Precision | None, device: Device, *, context: int, batch: int = 1, kv_bits: int = 16
+) -> Load:
+    """A model as it is stored, or where it is not quantized yet with the most bits that fit."""
+    bits = min(stored.role_bits.values()) if stored else highest_bits(config, device, context=context, batch=batch)
+    return Load(config=config, bits=bits, context=context, batch=batch, kv_bits=kv_bits, stored=stored)
+
+
 def decode(load: Load, device: Device, context: int | None = None) -> Speed:
     """Speed of one token for every sequence, each having seen `context` tokens (by default the load's full context)."""
     seen = load.context if context is None else context
