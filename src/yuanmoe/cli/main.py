@@ -58,7 +58,7 @@ def load_command(name: str) -> Any:
     file, help_line = COMMANDS[name]
     # Plain help: rich's takes a third of the time in which the answer should be there.
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command(name, short_help=help_line)(getattr(import_module(f"yuanmoe.cli.{file}"), name))
+    single.command(name, short_help=help_line)(getattr(import_module(f"yuanmoe.cli.{file}"), name.replace("-", "_")))
     return typer.main.get_command(single)
 
 

@@ -120,6 +120,12 @@ def forward_flops(config: ModelConfig) -> int:
     return 2 * sum(active_parameters(config).values())
 
 
+def dense_flops(config: ModelConfig) -> int:
+    """FLOPs of one token's forward pass in a dense model of this size, in which every parameter is at work."""
+    used = (weight for weight in weights(config) if weight.role != "embedding")
+    return 2 * sum(max(weight.copies, weight.active) * weight.size for weight in used)
+
+
 def attention_flops(config: ModelConfig, context: float) -> float:
     """FLOPs of one token's attention scores and weighted values over `context` tokens: 2 x 2 C S in each layer."""
     return 4 * config.attention_size * context * config.num_hidden_layers

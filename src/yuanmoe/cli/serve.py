@@ -1,0 +1,172 @@
+"""`yuanmoe serve` and `yuanmoe api-key`: options, what is said at the start, and the end.
+
+Standard output is one line of JSON with the URL, once the server listens; everything for people is on stderr.
+"""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from yuanmoe.cli.generate import Device, Dtype, KvDtype, Model, Threads
+from yuanmoe.cli.output import people, print_result
+from yuanmoe.errors import UsageError
+from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.sizes import GIB, format_size, parse_size
+
+if TYPE_CHECKING:
+    from yuanmoe.lm import LanguageModel
+    from yuanmoe.serve.app import Access
+    from yuanmoe.serve.launch import Launched
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    model_name: Annotated[str | None, typer.Option(help="For requests; by default the directory's name.")] = None,
+    dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Room for keys and values of all sequences.")] = None,
+    cache_gib: Annotated[float | None, typer.Option(help="The same room in GiB.")] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Sequences that are computed together.")] = 64,
+    step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pass, prompts included.")] = 512,
+    max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait beside those at work.")] = 256,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="By default what the context holds.")] = None,
+    request_timeout: Annotated[float, typer.Option(min=1, help="Seconds that one answer may take.")] = 600.0,
+    max_body: Annotated[str, typer.Option(help="Largest request.")] = "4MiB",
+    api_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Keys that may ask (yuanmoe api-key).")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key, or of all without keys.")] = None,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at once of each key.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Web pages that may call from elsewhere; repeatable.")
+    ] = None,
+    drain: Annotated[int, typer.Option(min=0, help="Seconds that answers may take to finish at the end.")] = 30,
+) -> None:
+    """Serve a model to many at once: an OpenAI endpoint, and a page. Ctrl-C ends it, answers first; twice, at once."""
+    from yuanmoe.serve.launch import Settings, launch
+    from yuanmoe.serve.server import bind, url
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    console = people()
+    access = _access(api_keys, requests_per_minute, max_concurrency, cors_origin, host, max_body)
+    # Before the weights are loaded, which may take minutes.
+    bound = bind(host, port)
+    lm = _load(console, model, dtype, kv_dtype, device, threads)
+    settings = Settings(
+        model_id=model_name or model.resolve().name,
+        access=access,
+        cache_tokens=cache_tokens,
+        cache_bytes=None if cache_gib is None else round(cache_gib * GIB),
+        free_bytes=read_machine().available_bytes if lm.model.model.norm.weight.device.type == "cpu" else None,
+        max_batch_size=max_batch_size,
+        step_tokens=step_tokens,
+        max_queue=max_queue,
+        max_prompt_tokens=max_prompt_tokens,
+        timeout_s=request_timeout,
+        drain_s=drain,
+    )
+    launched = launch(lm, settings)
+    bound.listen()
+    _greet(console, launched, url(bound), access)
+    launched.server.run(sockets=[bound])
+    _end(console, launched)
+
+
+def _load(
+    console: Console, model: Path, dtype: str | None, kv_dtype: str | None, device: str | None, threads: int | None
+) -> "LanguageModel":
+    with console.status(f"loading {model}"):
+        import torch
+
+        from yuanmoe.lm import load
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return load(model, dtype, device, kv_dtype)
+
+
+def _access(
+    api_keys: Path | None,
+    requests_per_minute: int | None,
+    max_concurrency: int | None,
+    cors_origin: list[str] | None,
+    host: str,
+    max_body: str,
+) -> "Access":
+    from yuanmoe.serve.app import Access
+    from yuanmoe.serve.keys import ENVIRONMENT, Client, read_keys
+
+    return Access(
+        keys=read_keys(api_keys, os.environ.get(ENVIRONMENT)),
+        anyone=Client(name="anyone", requests_per_minute=requests_per_minute, max_concurrency=max_concurrency),
+        local_only=host in LOOPBACK,
+        cors_origins=cors_origin or (),
+        max_body_bytes=parse_size(max_body),
+    )
+
+
+def _greet(console: Console, launched: "Launched", address: str, access: "Access") -> None:
+    """Says where the server is, what fits, and how to ask; a program reads the URL on stdout."""
+    service = launched.service
+    contexts = service.cache_tokens / service.config.max_position_embeddings
+    console.print(
+        f"[bold]{service.model_id}[/] at {address}/v1, page at {address}/\n"
+        f"room for {service.cache_tokens:,} tokens of keys and values ({format_size(launched.cache_bytes)}): "
+        f"{contexts:.1f} contexts of {service.config.max_position_embeddings:,}",
+        soft_wrap=True,
+    )
+    if not access.local_only and not len(access.keys):
+        console.print(
+            "[bold red]WARNING: anybody who reaches this address can use this server: it listens beyond this machine "
+            "and asks for no key. Make keys with `yuanmoe api-key NAME --file FILE`, then serve --api-keys FILE.[/]",
+            soft_wrap=True,
+        )
+    key = ' -H "Authorization: Bearer $KEY"' if len(access.keys) else ""
+    body = f'{{"model": "{service.model_id}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    asking = f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    console.print(f"try:\n  {asking}\nCtrl-C ends it", soft_wrap=True, markup=False)
+    print_result({"command": "serve", "url": address, "model": service.model_id, "cache_tokens": service.cache_tokens})
+
+
+def _end(console: Console, launched: "Launched") -> None:
+    """Leaves with what the end was: 0 where every answer was finished."""
+    left = launched.service.worker.load
+    if not left and launched.service.worker.failure is None:
+        return
+    console.print(f"ended with {left} unfinished answers" if left else "ended, as the engine had died")
+    sys.stdout.flush()
+    # The engine's thread may be inside a long step, and torch cannot be torn down under it.
+    os._exit(130 if launched.server.stopped_by == signal.SIGINT else 1)
+
+
+def api_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    file: Annotated[Path, typer.Option(metavar="FILE", help="Where its hash is added; made if it is not there.")],
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of this key.")] = None,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests of this key at once.")] = None,
+) -> None:
+    """Make an API key: its hash is added to a file for `yuanmoe serve`, the key itself is shown this once."""
+    from yuanmoe.serve.keys import entry_line, new_key, read_keys
+
+    if file.exists() and file.stat().st_size and name in read_keys(file, None).names:
+        raise UsageError(f"{file} has a key named {name}; take out its line first, or choose another name")
+    key = new_key()
+    line = entry_line(name, key, requests_per_minute=requests_per_minute, concurrency=max_concurrency)
+    try:
+        # Hashes of such keys are no secret that could be turned back; others still have no business with them.
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as opened:
+            opened.write(line + "\n")
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror}; name another with --file") from error
+    print(f"the key of {name}, shown this once; {file} holds only its hash", file=sys.stderr)
+    print_result({"command": "api-key", "name": name, "key": key})

@@ -1,0 +1,82 @@
+"""`/v1/chat/completions`: from a conversation to the engine; what comes back is `chat_answer`'s.
+
+Not here: the format of the models (`data.chat`), the convention for tools (`tools`).
+"""
+
+from collections.abc import Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from yuanmoe.data.chat import encode_chat
+from yuanmoe.errors import UsageError
+from yuanmoe.serve.chat_answer import ChatAnswer
+from yuanmoe.serve.events import EventStream, json_response, with_reader
+from yuanmoe.serve.schema import ChatRequest, Content, Message, SchemaFormat, ToolMessage
+from yuanmoe.serve.service import Service
+from yuanmoe.serve.structured import Grammar, json_grammar
+from yuanmoe.serve.tools import RESULT, Tools, call_text, chosen_tools
+
+
+async def chat_completion(service: Service, body: ChatRequest, request: Request) -> Response:
+    """The response to a chat request."""
+    service.check_model(body.model)
+    tools = chosen_tools(body)
+    ids = await chat_ids(service, body.messages, tools)
+    job = await service.begin(
+        [ids],
+        body,
+        max_new_tokens=body.max_completion_tokens or body.max_tokens,
+        top_logprobs=body.top_logprobs or 0,
+        grammar=_grammar(body, tools),
+    )
+    chat = ChatAnswer(service, ids, body, job, parse_calls=tools is not None)
+    if body.stream:
+        return EventStream(job, service.timeout_s, chat.events())
+    return json_response(await with_reader(request, job, service.timeout_s, chat.whole()))
+
+
+async def chat_ids(service: Service, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+    """The prompt that asks for the answer. Raises UsageError and ContextLengthError."""
+    turns = [_turn(message) for message in messages]
+    if tools is not None:
+        turns.insert(0, {"role": "system", "content": tools.prompt()})
+    characters = sum(len(turn["content"]) for turn in turns)
+    return await service.encode(lambda: encode_chat(service.tokenizer, turns), characters)
+
+
+def _turn(message: Message) -> dict[str, str]:
+    """A message in the format that the models know, which has no roles but these three."""
+    text = _text(message.content)
+    if isinstance(message, ToolMessage):
+        return {"role": "user", "content": RESULT.format(text)}
+    if message.role == "assistant":
+        calls = [call_text(call) for call in message.tool_calls or []]
+        return {"role": "assistant", "content": "\n".join([*([text] if text else []), *calls])}
+    return {"role": "system" if message.role == "developer" else message.role, "content": text}
+
+
+def _text(content: Content | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+def _grammar(body: ChatRequest, tools: Tools | None) -> Grammar | None:
+    """What the answer must follow. Raises UsageError where two things ask for it."""
+    wanted = [name for name in ("guided_regex", "guided_grammar") if getattr(body, name) is not None]
+    answer_format = body.response_format
+    if answer_format is not None and answer_format.type != "text":
+        wanted.append("response_format")
+    if tools is not None:
+        wanted.append("tools")
+    if len(wanted) > 1:
+        raise UsageError(f"{' and '.join(wanted)} exclude each other: each rules the whole answer; leave one out")
+    if tools is not None:
+        return tools.grammar()
+    if isinstance(answer_format, SchemaFormat):
+        schema = answer_format.json_schema
+        return json_grammar(schema.schema_, lenient=schema.strict is False)
+    if answer_format is not None and answer_format.type == "json_object":
+        return json_grammar({"type": "object"})
+    return None

@@ -1,0 +1,127 @@
+"""From a loaded model and settings to a server that is ready to run: the one place that knows all the parts."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from yuanmoe import __version__
+from yuanmoe.config import ModelConfig
+from yuanmoe.engine.engine import CONTEXTS, Engine
+from yuanmoe.errors import UsageError
+from yuanmoe.lm import LanguageModel
+from yuanmoe.plan import cost
+from yuanmoe.serve.app import Access, create_app
+from yuanmoe.serve.metrics import Metrics
+from yuanmoe.serve.server import Server
+from yuanmoe.serve.service import Service
+from yuanmoe.serve.worker import AnyEngine, EngineWorker
+
+PAGE_SIZE = 32
+"""Tokens of a page; what the compiled kernels read at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a model is served."""
+
+    model_id: str
+    access: Access = field(default_factory=Access)
+    cache_tokens: int | None = None
+    """Room for keys and values of all sequences; None is four full contexts, or what half of `free_bytes` holds."""
+    cache_bytes: int | None = None
+    """The same room in bytes."""
+    free_bytes: int | None = None
+    """Memory that is left."""
+    max_batch_size: int = 64
+    step_tokens: int = 512
+    max_queue: int = 256
+    """Sequences that may wait beside those at work."""
+    max_prompt_tokens: int | None = None
+    timeout_s: float = 600.0
+    drain_s: int = 30
+
+
+class Launched(NamedTuple):
+    """A server that is ready to run, and what it runs."""
+
+    server: Server
+    service: Service
+    cache_bytes: int
+
+
+def launch(lm: LanguageModel, settings: Settings) -> Launched:
+    """Takes the memory that serving needs. Raises UsageError for settings that do not fit one another."""
+    tokens = cache_tokens(lm.config, _kv_dtype(lm), settings)
+    engine = Engine(
+        lm.model,
+        vocab_size=lm.tokenizer.vocab_size,
+        cache_tokens=tokens,
+        page_size=PAGE_SIZE,
+        max_batch_size=settings.max_batch_size,
+        step_tokens=max(settings.step_tokens, settings.max_batch_size),
+    )
+    return launch_engine(lm, engine, tokens, settings)
+
+
+def launch_engine(lm: LanguageModel, engine: AnyEngine, tokens: int, settings: Settings) -> Launched:
+    """The same over an engine that is there, with room for `tokens`."""
+    metrics = Metrics(lm.config)
+    worker = EngineWorker(engine, metrics, capacity=settings.max_batch_size + settings.max_queue)
+    metrics.watch(worker)
+    context = min(lm.config.max_position_embeddings, tokens)
+    service = Service(
+        config=lm.config,
+        tokenizer=lm.tokenizer,
+        worker=worker,
+        model_id=settings.model_id,
+        fingerprint=_fingerprint(lm),
+        max_prompt_tokens=min(settings.max_prompt_tokens or context, context),
+        cache_tokens=tokens,
+        timeout_s=settings.timeout_s,
+    )
+    app = create_app(service, metrics, settings.access)
+    return Launched(
+        Server(app, worker, drain_s=settings.drain_s), service, tokens * token_bytes(lm.config, _kv_dtype(lm))
+    )
+
+
+def cache_tokens(config: ModelConfig, kv_dtype: torch.dtype, settings: Settings) -> int:
+    """Tokens that the cache shall hold, in whole pages. Raises UsageError where that is none."""
+    if settings.cache_tokens is not None and settings.cache_bytes is not None:
+        raise UsageError("--cache-tokens and --cache-gib say the same; leave one out")
+    each = token_bytes(config, kv_dtype)
+    tokens = settings.cache_tokens
+    if settings.cache_bytes is not None:
+        tokens = settings.cache_bytes // each
+    if tokens is None:
+        tokens = CONTEXTS * config.max_position_embeddings
+        if settings.free_bytes is not None:
+            tokens = min(tokens, max(PAGE_SIZE, settings.free_bytes // 2 // each))
+    if tokens < PAGE_SIZE:
+        raise UsageError(
+            f"a cache of {tokens} tokens is not one page of {PAGE_SIZE} ({PAGE_SIZE * each:,} bytes); "
+            "give more with --cache-tokens or --cache-gib"
+        )
+    return tokens // PAGE_SIZE * PAGE_SIZE
+
+
+def token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
+    """Bytes of one cached token: keys and values of all layers, and its share of the page's LFA tail."""
+    kv_bits = 8 if kv_dtype == torch.int8 else 16
+    widened = max(1, kv_dtype.itemsize // 2)  # float32 takes twice what 16 bits do
+    return cost.kv_bytes(config, kv_bits) * widened + cost.lfa_bytes(config) // PAGE_SIZE
+
+
+def _kv_dtype(lm: LanguageModel) -> torch.dtype:
+    return lm.model.kv_dtype or lm.model.model.norm.weight.dtype
+
+
+def _fingerprint(lm: LanguageModel) -> str:
+    """Of the model's configuration, its precision, and this software: what may change an answer to the same seed."""
+    norm = lm.model.model.norm.weight
+    facts = [__version__, torch.__version__, str(norm.dtype), str(_kv_dtype(lm)), norm.device.type]
+    content = json.dumps([*facts, lm.config.to_dict()], sort_keys=True)
+    return "fp_" + hashlib.sha256(content.encode()).hexdigest()[:10]

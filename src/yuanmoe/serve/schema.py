@@ -1,0 +1,196 @@
+"""The JSON that strangers send: every field that is understood, its type, and its default; anything else is refused.
+
+Source: the OpenAI API (chat completions, completions), with the extensions that vLLM's users know: `top_k`, `min_p`,
+`repetition_penalty`, `guided_regex`, `guided_grammar`. Ranges of sampling numbers are `SamplingParams`' to check.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 16
+"""Answers to one prompt, and prompts of one request: each takes a place of its own in the engine's batch."""
+MAX_TEXT_LOGPROBS = 20
+
+SamplingSeed = Annotated[int, Field(ge=0, lt=2**63)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompts = Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+StopTexts = str | Annotated[list[str], Field(max_length=16)]
+
+
+class Strict(BaseModel):
+    """No unknown fields, no numbers in strings, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class Generation(Strict):
+    """What both kinds of completion share."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = None
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    seed: SamplingSeed | None = None
+    stop: StopTexts | None = None
+    user: str | None = Field(None, description="Accepted, and ignored: only the API key says who asks.")
+    top_k: int | None = Field(0, description="Extension: only the k likeliest tokens; 0 is no limit.")
+    min_p: float | None = Field(0.0, description="Extension: only tokens this share as likely as the likeliest.")
+    repetition_penalty: float | None = Field(1.0, description="Extension: above 1, tokens that were said get unlikely.")
+    guided_regex: str | None = Field(None, description="Extension: the answer matches this regular expression.")
+    guided_grammar: str | None = Field(None, description="Extension: the answer follows this Lark grammar.")
+    routing: bool = Field(False, description="Extension: say which experts each token visited, with their weights.")
+
+    @model_validator(mode="after")
+    def _streams_with_its_options(self) -> "Generation":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream to be true")
+        return self
+
+
+class CompletionRequest(Generation):
+    """`POST /v1/completions`."""
+
+    prompt: str | TokenIds | Prompts
+    suffix: str | None = Field(None, description="Write what belongs between the prompt and this text.")
+    max_tokens: int | None = Field(16, ge=0, description="0 only with echo: to score a prompt.")
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_TEXT_LOGPROBS)
+    best_of: int | None = None
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Function(Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: Function
+
+
+Content = str | Annotated[list[TextPart], Field(min_length=1)]
+
+
+class SystemMessage(Strict):
+    role: Literal["system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    refusal: None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
+
+
+class ToolMessage(Strict):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class FunctionTool(Strict):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Strict):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field({}, alias="schema")
+    strict: bool | None = None
+
+
+class PlainFormat(Strict):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class ChatRequest(Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TEXT_LOGPROBS)
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = True
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}, which needs logprobs to be true")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_tokens and max_completion_tokens say the same; leave max_tokens out")
+        return self
+
+
+class TokenizeRequest(Strict):
+    """`POST /tokenize`: a text, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt, a text, or messages, a conversation")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

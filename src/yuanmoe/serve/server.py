@@ -1,0 +1,80 @@
+"""The process around the application: its socket, its signals, and an end that loses nobody's answer.
+
+The first SIGTERM or Ctrl-C stops taking requests and lets those inside finish, for a bounded time; a second Ctrl-C
+stops at once.
+"""
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from yuanmoe.errors import UsageError
+from yuanmoe.serve.worker import EngineWorker
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at the address, that does not listen yet. Raises UsageError where it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise UsageError(
+            f"cannot listen at {host} port {port}: {error}; name another with --host and --port"
+        ) from error
+    return bound
+
+
+def url(bound: socket.socket) -> str:
+    """Where browsers and clients find it."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, with a worker that is told when the end begins."""
+
+    def __init__(self, app: FastAPI, worker: EngineWorker, *, drain_s: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=drain_s,
+            )
+        )
+        self._worker = worker
+        self.stopped_by: int | None = None
+        """The last signal that came."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike the original does not raise the signals again: the program ends by returning."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.stopped_by = sig
+        self._worker.draining = True
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True

@@ -1,0 +1,190 @@
+"""What both kinds of completion share: from prompts and settings to the engine, and from its outputs to answers."""
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from yuanmoe.config import ModelConfig
+from yuanmoe.data.tokenizer import Tokenizer
+from yuanmoe.engine.requests import Constraint, Output, Request
+from yuanmoe.engine.sampling import SamplingParams
+from yuanmoe.errors import ContextLengthError, UsageError
+from yuanmoe.serve.answer import Answer, Delta
+from yuanmoe.serve.errors import ApiError
+from yuanmoe.serve.schema import Generation
+from yuanmoe.serve.structured import Grammar, Grammars, lark_grammar, regex_grammar
+from yuanmoe.serve.worker import EngineWorker, Job
+
+LONG_TEXT = 4096
+"""Characters beyond which work on a text leaves the event loop, where every stream would wait for it."""
+
+T = TypeVar("T")
+Update = tuple[int, Delta]
+"""What came to one choice."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """A model that is being served."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    worker: EngineWorker
+    model_id: str
+    fingerprint: str
+    """Changes with what may change answers."""
+    max_prompt_tokens: int
+    cache_tokens: int
+    """Room for keys and values of all sequences."""
+    timeout_s: float
+    """Of a whole answer."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    _grammars: Grammars | None = None
+    _grammars_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError, 404, for the name of another model."""
+        if name is not None and name != self.model_id:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not here; this server has {self.model_id!r}",
+                code="model_not_found",
+                param="model",
+            )
+
+    async def encode(self, encode: Callable[[], list[int]], characters: int) -> list[int]:
+        """A prompt's ids. Raises what encoding does, and ContextLengthError."""
+        ids = await off_loop(encode, characters)
+        self.check_prompt(ids)
+        return ids
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raises ContextLengthError for too many tokens; what ids there are is the engine's check."""
+        if len(ids) > self.max_prompt_tokens:
+            raise ContextLengthError(
+                f"the prompt has {len(ids):,} tokens, this server reads at most {self.max_prompt_tokens:,}; "
+                f"shorten it by {len(ids) - self.max_prompt_tokens:,} tokens"
+            )
+
+    async def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        body: Generation,
+        *,
+        max_new_tokens: int | None,
+        top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        grammar: Grammar | None = None,
+    ) -> Job:
+        """Hands `body.n` requests for each prompt to the engine, in this order. Raises as the engine does."""
+        total = len(prompts) * body.n
+        self.worker.check(total)
+        params = [self._params(body, max_new_tokens, place) for place in range(total)]
+        constraints = await self._constraints(grammar or _guided(body), total)
+        repeated = [prompt for prompt in prompts for _ in range(body.n)]
+        return await self.worker.submit(
+            [
+                Request(
+                    prompt_ids=prompt,
+                    params=settings,
+                    routing=body.routing,
+                    top_logprobs=top_logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    constraint=constraint,
+                )
+                for prompt, settings, constraint in zip(repeated, params, constraints, strict=True)
+            ]
+        )
+
+    def _params(self, body: Generation, max_new_tokens: int | None, place: int) -> SamplingParams:
+        given: dict[str, Any] = {"temperature": 1.0} | {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", *PENALTIES)
+            if (value := getattr(body, name)) is not None
+        }
+        return SamplingParams(
+            **given,
+            logit_bias={_token_id(name): bias for name, bias in (body.logit_bias or {}).items()},
+            # Each choice has a random stream of its own, or all would say the same.
+            seed=None if body.seed is None else (body.seed + place) % 2**63,
+            max_new_tokens=max_new_tokens,
+            stop_ids=(self.tokenizer.eod_id,),
+        )
+
+    async def _constraints(self, grammar: Grammar | None, count: int) -> Sequence[Constraint | None]:
+        if grammar is None:
+            return [None] * count
+        async with self._grammars_lock:
+            if self._grammars is None:
+                self._grammars = await asyncio.to_thread(Grammars, self.tokenizer)
+        first = await asyncio.to_thread(self._grammars.compile, grammar)
+        return [first, *(first.fresh() for _ in range(count - 1))]
+
+
+PENALTIES = ("presence_penalty", "frequency_penalty")
+
+
+def _token_id(name: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", name):
+        raise UsageError(f'logit_bias names {name[:40]!r}; its keys are token ids, such as "198"')
+    return int(name)
+
+
+def _guided(body: Generation) -> Grammar | None:
+    if body.guided_regex is not None and body.guided_grammar is not None:
+        raise UsageError("guided_regex and guided_grammar exclude each other; leave one out")
+    if body.guided_regex is not None:
+        return regex_grammar(body.guided_regex)
+    return None if body.guided_grammar is None else lark_grammar(body.guided_grammar)
+
+
+def check_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+    """Raises UsageError for an id of no token."""
+    unknown = next((token_id for token_id in ids if token_id >= tokenizer.vocab_size), None)
+    if unknown is not None:
+        raise UsageError(f"token id {unknown} is outside 0..{tokenizer.vocab_size - 1}")
+
+
+async def off_loop(work: Callable[[], T], characters: int) -> T:
+    """Does work on a text, in another thread if the text is long."""
+    return await asyncio.to_thread(work) if characters > LONG_TEXT else work()
+
+
+async def updates(job: Job, answers: Sequence[Answer]) -> AsyncIterator[list[Update]]:
+    """What comes to the answers, choices that move together in one list; ends what a stop string ended."""
+    while outputs := await job.outputs():
+        by_choice: dict[int, list[Output]] = {}
+        for index, output in outputs:
+            by_choice.setdefault(index, []).append(output)
+        moved = []
+        for index, some in by_choice.items():
+            if answers[index].finish_reason is None:
+                moved.append((index, answers[index].push(some)))
+                if answers[index].stopped:
+                    job.cancel(index)
+        yield moved
+
+
+def stop_texts(body: Generation) -> list[str]:
+    return [body.stop] if isinstance(body.stop, str) else body.stop or []
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def usage(prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> dict[str, Any]:
+    """Tokens of each prompt once, and of all answers."""
+    choices = len(answers) // len(prompts)
+    read = sum(map(len, prompts))
+    written = sum(answer.num_tokens for answer in answers)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": sum(answer.reused_tokens for answer in answers[::choices])},
+    }

@@ -1,0 +1,52 @@
+// Where questions are written: grows with the text, Enter sends, Shift+Enter breaks the line, Escape stops the answer.
+
+import { byId } from "../core/dom.js";
+import { submits } from "./message.js";
+
+export function startComposer(session) {
+  const form = byId("composer");
+  const area = byId("question");
+  const send = byId("send");
+  const stop = byId("stop");
+
+  const ready = () => area.value.trim() !== "" && session.info.value !== null && !session.writing;
+  const refresh = () => {
+    send.disabled = !ready();
+    send.hidden = session.writing;
+    // A button that goes away must not take the focus with it.
+    const held = document.activeElement === stop && !session.writing;
+    stop.hidden = !session.writing;
+    if (held) area.focus();
+  };
+  const submit = () => {
+    if (!ready()) return;
+    const text = area.value.trim();
+    area.value = "";
+    session.ask(text);
+    refresh();
+  };
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    submit();
+  });
+  area.addEventListener("input", refresh);
+  area.addEventListener("keydown", (event) => {
+    if (!submits(event)) return;
+    event.preventDefault();
+    submit();
+  });
+  stop.addEventListener("click", () => session.stop());
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !event.defaultPrevented && session.writing && !byId("settings").open) session.stop();
+  });
+  session.current.watch((conversation) => conversation && refresh());
+  session.info.watch(refresh);
+
+  /** Puts a text there for the reader to send. */
+  return (text) => {
+    area.value = text;
+    refresh();
+    area.focus();
+  };
+}

@@ -1,0 +1,122 @@
+// One message of the transcript: its text, what can be done with it, and what went wrong with it.
+
+import { copyButton } from "../core/clipboard.js";
+import { el, iconButton } from "../core/dom.js";
+import { t } from "../core/language.js";
+import { MarkdownView } from "../markdown/view.js";
+import { TokensView } from "../experts/tokens.js";
+import { problem } from "./problem.js";
+
+/** The views of a message; `actions` are the session's and the transcript's: see transcript.js. */
+export function messageView(message, actions) {
+  return message.role === "user" ? new QuestionView(message, actions) : new AnswerView(message, actions);
+}
+
+class QuestionView {
+  constructor(message, actions) {
+    this.message = message;
+    this.actions = actions;
+    this.foot = el("div", { className: "actions" });
+    this.body = el("div", { className: "bubble" }, message.content);
+    this.node = el("li", { className: "question", data: { message: message.id } });
+    this.node.append(el("span", { className: "unseen", t: "you" }), this.body, this.foot);
+  }
+
+  update({ writing, siblings }) {
+    const { message, actions } = this;
+    const edit = iconButton("edit", "edit", () => this.#edit(), { disabled: writing });
+    this.foot.replaceChildren(...branches(message, siblings, actions, writing), copyButton(() => message.content), edit);
+  }
+
+  #edit() {
+    const area = el("textarea", { value: this.message.content, label: "editQuestion", rows: 1 });
+    const close = () => {
+      form.replaceWith(this.body);
+      this.foot.hidden = false;
+      this.foot.querySelector("button:last-child")?.focus();
+    };
+    const send = () => area.value.trim() && this.actions.edit(this.message, area.value.trim());
+    const buttons = [
+      el("button", { type: "button", className: "quiet", t: "cancel", on: { click: close } }),
+      el("button", { type: "submit", className: "primary", t: "send" }),
+    ];
+    const form = el("form", { className: "edit" }, area, el("div", { className: "pair" }, ...buttons));
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      send();
+    });
+    area.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        close();
+      } else if (submits(event)) {
+        event.preventDefault();
+        send();
+      }
+    });
+    this.body.replaceWith(form);
+    this.foot.hidden = true;
+    area.focus();
+  }
+}
+
+/** Whether a key sends: Enter alone, and not the one that ends the spelling of a Chinese word. */
+export function submits(event) {
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+}
+
+class AnswerView {
+  constructor(message, actions) {
+    this.message = message;
+    this.actions = actions;
+    this.body = el("div", { className: "body" });
+    this.waiting = el("p", { className: "waiting" }, el("i"), el("i"), el("i"));
+    this.notes = el("div");
+    this.foot = el("div", { className: "actions" });
+    this.node = el("li", { className: "answer", data: { message: message.id } });
+    this.node.append(el("span", { className: "unseen", t: "model" }), this.body, this.notes, this.foot);
+  }
+
+  /** Shows the answer as `chat` or as `experts`; `siblings` are the answers to the same question. */
+  update({ view, writing, siblings, last }) {
+    if (view !== this.view) {
+      this.view = view;
+      this.content = view === "experts" && this.message.routing ? new TokensView(this.message) : new MarkdownView();
+      this.body.replaceChildren(this.content.node);
+    }
+    this.grow();
+    this.#after(writing, siblings, last);
+  }
+
+  /** What came since. */
+  grow() {
+    const { message } = this;
+    const writes = message.status === "writing";
+    this.content.update(message.content);
+    this.node.ariaBusy = String(writes);
+    this.node.classList.toggle("writing", writes && message.content !== "");
+    const waits = writes && message.content === "";
+    if (waits !== this.waiting.isConnected) waits ? this.body.append(this.waiting) : this.waiting.remove();
+  }
+
+  #after(writing, siblings, last) {
+    const { message, actions } = this;
+    this.notes.replaceChildren(...problem(message, actions, last && !writing));
+    this.foot.hidden = message.status === "writing";
+    this.foot.replaceChildren(
+      ...branches(message, siblings, actions, writing),
+      ...(message.content ? [copyButton(() => message.content)] : []),
+      iconButton("again", "regenerate", () => actions.regenerate(message), { disabled: writing }),
+    );
+  }
+}
+
+/** Steps through the messages that stand in the same place. */
+function branches(message, siblings, actions, writing) {
+  if (siblings.length < 2) return [];
+  const at = siblings.indexOf(message);
+  const step = (name, label, to) =>
+    iconButton(name, label, () => actions.choose(siblings[to]), { disabled: writing || !siblings[to] });
+  const place = el("span", { className: "place" }, t("branch", { at: at + 1, of: siblings.length }));
+  return [step("left", "branchBefore", at - 1), place, step("right", "branchAfter", at + 1)];
+}

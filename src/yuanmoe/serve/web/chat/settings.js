@@ -1,0 +1,65 @@
+// The dialog of one conversation's settings: system prompt, sampling, stop strings; and the API key of this tab.
+
+import { byId, el, iconButton } from "../core/dom.js";
+import { apiKey, NUMBERS, sound } from "../keep/settings.js";
+
+/** Returns what opens the dialog, at the field of that name if one is given. */
+export function startSettings(session, saved) {
+  const dialog = byId("settings");
+  const open = (field) => {
+    const form = settingsForm(session.current.value.head.settings);
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      apiKey.set(form.elements.key.value.trim());
+      session.configure(readForm(form));
+      dialog.close();
+      saved();
+    });
+    const head = el("div", { className: "dialog-head" }, el("h2", { id: "settings-title", t: "settings" }));
+    head.append(iconButton("close", "close", () => dialog.close()));
+    dialog.replaceChildren(head, form);
+    dialog.showModal();
+    form.elements[field]?.focus();
+  };
+  byId("open-settings").addEventListener("click", () => open());
+  return open;
+}
+
+function settingsForm(settings) {
+  const system = el("textarea", { name: "system", rows: 3, value: settings.system });
+  const stop = el("textarea", { name: "stop", rows: 2, value: settings.stop.map(escaped).join("\n") });
+  const key = el("input", { name: "key", type: "password", autocomplete: "off", spellcheck: false, value: apiKey.get() });
+  const numbers = Object.entries(NUMBERS).map(([name, range]) => numberField(name, range, settings[name]));
+  return el(
+    "form",
+    { noValidate: false },
+    field("system", system, "hint.system"),
+    el("fieldset", {}, el("legend", { t: "sampling" }), el("p", { className: "note", t: "hint.sampling" }), ...numbers),
+    field("stop", stop, "hint.stop"),
+    field("key", key, "hint.key"),
+    el("div", { className: "dialog-foot" }, el("button", { type: "submit", className: "primary", t: "save" })),
+  );
+}
+
+function numberField(name, { min, max, step }, value) {
+  const input = el("input", { name, type: "number", min, max, step: "any", value: value ?? "", inputMode: "decimal" });
+  if (step === 1) Object.assign(input, { step: 1, inputMode: "numeric" });
+  return field(name, input, `hint.${name}`);
+}
+
+function field(name, input, hint) {
+  input.id = `setting-${name}`;
+  input.setAttribute("aria-describedby", `hint-${name}`);
+  const label = el("label", { htmlFor: input.id, t: `setting.${name}` });
+  return el("div", { className: "setting" }, label, input, el("p", { id: `hint-${name}`, className: "note", t: hint }));
+}
+
+function readForm({ elements }) {
+  const numbers = Object.keys(NUMBERS).map((name) => [name, elements[name].value === "" ? null : Number(elements[name].value)]);
+  const stop = elements.stop.value.split("\n").filter(Boolean).map(unescaped);
+  return sound({ system: elements.system.value, stop, ...Object.fromEntries(numbers) });
+}
+
+/** Stop strings are written one a line, so a line break in one is written `\n`. */
+const escaped = (text) => text.replaceAll("\\", "\\\\").replaceAll("\n", "\\n");
+const unescaped = (text) => text.replace(/\\(n|\\)/g, (_, mark) => (mark === "n" ? "\n" : "\\"));

@@ -1,0 +1,83 @@
+// The messages that are shown, in step with the session: rebuilt where the path changed, grown once a frame otherwise.
+
+import { announce } from "../core/announce.js";
+import { byId, oncePerFrame } from "../core/dom.js";
+import { language, t } from "../core/language.js";
+import { messageView } from "./message.js";
+
+/** So close to the end, in pixels, the page follows the answer. */
+const NEAR = 60;
+
+export class Transcript {
+  #views = new Map();
+  #conversation = null;
+  #wasWriting = false;
+
+  /** `view` is the signal of what is shown, chat or experts; `actions` what the buttons of messages call. */
+  constructor(session, view, actions) {
+    Object.assign(this, { session, view, actions });
+    this.list = byId("transcript");
+    this.scroller = byId("main");
+    this.toEnd = byId("to-end");
+    this.grow = oncePerFrame(() => this.#grow());
+    session.current.watch(() => this.#show());
+    session.touched.watch(() => this.grow());
+    view.watch(() => this.#show());
+    language.watch(() => this.#show());
+    this.scroller.addEventListener("scroll", () => this.#offerEnd(), { passive: true });
+    this.toEnd.addEventListener("click", () => this.#scrollToEnd());
+  }
+
+  #show() {
+    const conversation = this.session.current.value;
+    if (!conversation) return;
+    const another = conversation !== this.#conversation;
+    const follow = another || this.#nearEnd();
+    if (another) this.#views.clear();
+    this.#conversation = conversation;
+    const { writing } = this.session;
+    const path = conversation.path();
+    byId("welcome").hidden = path.length > 0;
+    for (const message of path) {
+      if (!this.#views.has(message.id)) this.#views.set(message.id, messageView(message, this.actions));
+      const siblings = conversation.siblings(message);
+      const last = message === path.at(-1);
+      this.#views.get(message.id).update({ view: this.view.value, writing, siblings, last });
+    }
+    this.#place(path.map(({ id }) => this.#views.get(id).node));
+    if (this.#wasWriting && !writing && !another) announce(t("answerEnded"));
+    this.#wasWriting = writing;
+    if (follow) this.#scrollToEnd();
+    this.#offerEnd();
+  }
+
+  /** Moves no node that is in its place: what has the focus keeps it. */
+  #place(nodes) {
+    for (const [at, node] of nodes.entries()) {
+      if (this.list.children[at] !== node) this.list.insertBefore(node, this.list.children[at] ?? null);
+    }
+    while (this.list.children.length > nodes.length) this.list.lastChild.remove();
+  }
+
+  #grow() {
+    const view = this.#views.get(this.session.touched.value?.id);
+    if (!view?.node.isConnected) return;
+    const follow = this.#nearEnd();
+    view.grow();
+    if (follow) this.#scrollToEnd();
+    this.#offerEnd();
+  }
+
+  #nearEnd() {
+    const { scrollHeight, scrollTop, clientHeight } = this.scroller;
+    return scrollHeight - scrollTop - clientHeight < NEAR;
+  }
+
+  #scrollToEnd() {
+    this.scroller.scrollTop = this.scroller.scrollHeight;
+  }
+
+  #offerEnd() {
+    this.toEnd.hidden = this.#nearEnd();
+  }
+}

@@ -1,0 +1,53 @@
+// What a token did: its text, how likely it was, and its experts with their weights in every layer.
+
+import { byId, el } from "../core/dom.js";
+import { percent, t } from "../core/language.js";
+import { lens, paint } from "./lens.js";
+
+const GAP = 8;
+
+export function hideCard() {
+  byId("token-card").hidden = true;
+  for (const node of document.querySelectorAll('[aria-describedby="token-card"]')) node.removeAttribute("aria-describedby");
+}
+
+/** Shows the card of a token beside its node. */
+export function showCard({ message, at, node }) {
+  hideCard();
+  const card = byId("token-card");
+  card.replaceChildren(head(message, at), table(message.routing, at));
+  card.hidden = false;
+  node.setAttribute("aria-describedby", "token-card");
+  moveBeside(card, node.getClientRects()[0] ?? node.getBoundingClientRect());
+}
+
+function head(message, at) {
+  const logprob = message.logprobs[at];
+  const text = message.surfaces[at].replaceAll("\n", "\u21b5").replaceAll(" ", "\u2423");
+  const likely = logprob === null || logprob === undefined ? "" : t("likelihood", { percent: percent(Math.exp(logprob)) });
+  return el("p", { className: "card-head" }, el("b", {}, text || t("partOfCharacter")), el("span", {}, likely));
+}
+
+function table(routing, at) {
+  if (at >= routing.length) return el("p", { className: "note" }, t("notReadYet"));
+  const rows = routing.layers.map(({ layer }, place) => row(layer, routing.of(at, place), place === lens.value.place));
+  return el("ol", { className: rows.length > 12 ? "ways two-columns" : "ways" }, ...rows);
+}
+
+function row(layer, visited, chosen) {
+  const experts = visited.map(({ expert, weight }) => {
+    const name = el("b", { className: "swatch" }, String(expert));
+    paint(name, expert);
+    return el("span", {}, name, ` ${percent(weight, 0)}`);
+  });
+  return el("li", { className: chosen ? "chosen" : "" }, el("span", {}, t("layerNumber", { layer })), ...experts);
+}
+
+/** Above or below, where there is room, and inside the window. */
+function moveBeside(card, box) {
+  const { offsetWidth: width, offsetHeight: height } = card;
+  const below = box.bottom + GAP + height < innerHeight || box.top < height + GAP;
+  const top = below ? Math.min(box.bottom + GAP, innerHeight - height - GAP) : box.top - height - GAP;
+  card.style.left = `${Math.max(GAP, Math.min(box.left, innerWidth - width - GAP))}px`;
+  card.style.top = `${Math.max(GAP, top)}px`;
+}

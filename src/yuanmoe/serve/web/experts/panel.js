@@ -1,0 +1,33 @@
+// The panel beside the coloured answer: heat map, load and meter, once a frame at most, and only while it is seen.
+
+import { byId, oncePerFrame } from "../core/dom.js";
+import { language, number, t } from "../core/language.js";
+import { theme } from "../core/theme.js";
+import { HeatMap } from "./heat.js";
+import { lens } from "./lens.js";
+import { LoadView } from "./load.js";
+import { showMeter } from "./meter.js";
+import { Source } from "./source.js";
+
+/** Starts the panel; `view` is the signal of what the page shows. */
+export function startPanel(session, view) {
+  const heat = new HeatMap();
+  const load = new LoadView();
+
+  const show = oncePerFrame(() => {
+    const { info, current } = session;
+    if (view.value !== "experts" || !info.value || !current.value) return;
+    const data = source.read();
+    byId("source-note").textContent = data ? t(`sourceNote.${source.kind.value}`, { tokens: number(data.tokens) }) : t("sourceEmpty");
+    heat.update(data);
+    load.update(data);
+    showMeter(info.value, current.value);
+  });
+
+  const source = new Source(session, view, show);
+  for (const cause of [lens, language, session.current, session.touched]) cause.watch(show);
+  theme.watch(() => heat.restyle());
+  for (const radio of document.querySelectorAll('input[name="source"]')) {
+    radio.addEventListener("change", () => (source.kind.value = radio.value));
+  }
+}

@@ -1,0 +1,69 @@
+// Conversations in this browser's IndexedDB: heads for the list, messages one by one, so that a long answer saves alone.
+// Without a database (private windows of some browsers) conversations last until the page is closed.
+
+import { Conversation } from "./conversation.js";
+
+const wait = (request) =>
+  new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+
+const finished = (transaction) =>
+  new Promise((resolve, reject) => {
+    transaction.oncomplete = () => resolve();
+    transaction.onabort = transaction.onerror = () => reject(transaction.error);
+  });
+
+function open() {
+  const request = indexedDB.open("yuanmoe", 1);
+  request.onupgradeneeded = () => {
+    request.result.createObjectStore("heads", { keyPath: "id" });
+    request.result.createObjectStore("messages", { keyPath: "id" }).createIndex("conversation", "conversation");
+  };
+  return wait(request);
+}
+
+export class Shelf {
+  #database;
+
+  /** Opens the database; null where the browser has none for us. */
+  static async open() {
+    try {
+      const shelf = new Shelf();
+      shelf.#database = await open();
+      return shelf;
+    } catch {
+      return null;
+    }
+  }
+
+  /** The heads of all conversations, the latest first. */
+  async heads() {
+    const heads = await wait(this.#database.transaction("heads").objectStore("heads").getAll());
+    return heads.sort((one, other) => other.updated - one.updated);
+  }
+
+  async read(id) {
+    const transaction = this.#database.transaction(["heads", "messages"]);
+    const head = wait(transaction.objectStore("heads").get(id));
+    const messages = wait(transaction.objectStore("messages").index("conversation").getAll(id));
+    return (await head) && new Conversation(await head, await messages);
+  }
+
+  /** Saves the head and those messages. */
+  write(head, messages) {
+    const transaction = this.#database.transaction(["heads", "messages"], "readwrite");
+    transaction.objectStore("heads").put(head);
+    for (const message of messages) transaction.objectStore("messages").put(message);
+    return finished(transaction);
+  }
+
+  async remove(id) {
+    const transaction = this.#database.transaction(["heads", "messages"], "readwrite");
+    transaction.objectStore("heads").delete(id);
+    const messages = transaction.objectStore("messages");
+    for (const key of await wait(messages.index("conversation").getAllKeys(id))) messages.delete(key);
+    return finished(transaction);
+  }
+}

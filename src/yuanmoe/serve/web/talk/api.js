@@ -1,0 +1,74 @@
+// The server's endpoints, and its refusals as errors that know what to do about them.
+
+import { apiKey } from "../keep/settings.js";
+import { events } from "./sse.js";
+
+/**
+ * What went wrong. `kind` says what to do: `unreachable`, `key`, `busy`, `context`, `request`, `slow`, `server`;
+ * `message` is the server's own words, `param` the setting they are about, `retryAfterS` when to ask again.
+ */
+export class ServerError extends Error {
+  constructor(kind, message, { param = null, retryAfterS = null } = {}) {
+    super(message);
+    Object.assign(this, { kind, param, retryAfterS });
+  }
+
+  /** What can be kept in a conversation. */
+  toJSON() {
+    return { kind: this.kind, message: this.message, param: this.param, retryAfterS: this.retryAfterS };
+  }
+}
+
+const KINDS = { 401: "key", 403: "key", 408: "slow", 429: "busy", 503: "busy" };
+
+function kindOf(status, code) {
+  if (code === "context_length_exceeded") return "context";
+  // A server whose engine died is not busy: only one that says when to come back is.
+  return KINDS[status] ?? (status >= 500 ? "server" : "request");
+}
+
+/** The error that a body of `{"error": ...}` describes. */
+export function errorOf(body, status = 500, retryAfter = null) {
+  const error = body?.error ?? {};
+  const more = { param: error.param ?? null, retryAfterS: retryAfter === null ? null : Number(retryAfter) };
+  return new ServerError(kindOf(status, error.code), error.message ?? `HTTP ${status}`, more);
+}
+
+async function request(path, body, signal) {
+  const key = apiKey.get();
+  const headers = { ...(key && { Authorization: `Bearer ${key}` }), ...(body && { "Content-Type": "application/json" }) };
+  let response;
+  try {
+    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    throw new ServerError("unreachable", String(error.message ?? error));
+  }
+  if (response.ok) return response;
+  const said = await response.json().catch(() => null);
+  throw errorOf(said, response.status, response.headers.get("Retry-After"));
+}
+
+export const get = async (path) => (await request(path)).json();
+export const post = async (path, body) => (await request(path, body)).json();
+
+/** The chunks of a streamed answer. Raises ServerError when one of them is an error, or the stream breaks off. */
+export async function* stream(path, body, signal) {
+  const response = await request(path, { ...body, stream: true, stream_options: { include_usage: true } }, signal);
+  try {
+    for await (const data of events(response.body)) {
+      if (data === "[DONE]") return;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw errorOf(chunk, statusOf(chunk.error));
+      yield chunk;
+    }
+  } catch (error) {
+    if (error instanceof ServerError || signal.aborted) throw error;
+    throw new ServerError("dropped", String(error.message ?? error));
+  }
+  throw new ServerError("dropped", "the stream ended before the answer did");
+}
+
+/** An error on the way has no status of its own; its type stands for one. */
+const TYPES = { overloaded_error: 503, timeout_error: 408, rate_limit_error: 429, invalid_request_error: 400 };
+const statusOf = (error) => TYPES[error.type] ?? 500;
