@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,30 +24,6 @@ def silent(done: int, total: int) -> None:
     """Hears how far something is, and does nothing."""
 
 
-class Documents(Protocol):
-    """Documents of token ids, numbered from 0, whatever file format they come from."""
-
-    name: str
-    num_documents: int
-    num_tokens: int
-    vocab_size: int | None
-    """Every id is below it; None where the format does not say."""
-    fingerprint: str
-    """Another one for other documents."""
-
-    def lengths(self, documents: Integers) -> Integers:
-        """Tokens of each of `documents`."""
-        ...
-
-    def read(self, document: int, start: int, stop: int) -> Integers:
-        """Tokens `start` to `stop` of one document."""
-        ...
-
-    def mask(self, document: int, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
-        """Which of them are to be learned; None is all, of this document and of every other."""
-        ...
-
-
 class PackedTokens:
     """The dataset in a folder; a `Documents`. Threads and processes may share the files."""
 
@@ -58,7 +34,6 @@ class PackedTokens:
         self.manifest = Manifest.read(self.path)
         self.num_documents, self.num_tokens = self.manifest.num_documents, self.manifest.num_tokens
         self.vocab_size: int | None = self.manifest.vocab_size
-        self.fingerprint = self.manifest.sha256
         self._check_sizes()
         self._ends = np.memmap(self.path / ENDS, dtype="<u8", mode="r")
         numbers = range(self.manifest.num_shards)
@@ -67,6 +42,11 @@ class PackedTokens:
         # Thousands of shards need not be open before one is read.
         self._ids = cache(lambda number: np.memmap(self.path / shard_name(number), dtype=self._dtype, mode="r"))
         self._masks = cache(lambda number: np.memmap(self.path / mask_name(number), dtype=np.bool_, mode="r"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that the manifest has the checksum of."""
+        return self.manifest.sha256
 
     @property
     def _dtype(self) -> str:
