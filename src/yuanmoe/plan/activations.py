@@ -1,7 +1,7 @@
 """Bytes of intermediate results: those alive at once in a forward pass, and those kept for the backward pass.
 
-Estimates: they count each intermediate of the plain computation once, in bfloat16, and no allocator slack; attention is
-fused, so its S x S scores never exist. Legend: D hidden, C = heads x head_dim, E experts, K chosen, F expert width.
+Estimates: they count large intermediates once, in bfloat16, and no allocator slack; attention is fused, so its S x S
+scores never exist. Legend: D hidden, C = heads x head_dim, F expert width.
 """
 
 from typing import Literal, get_args
@@ -34,34 +34,49 @@ def activation_bytes(config: ModelConfig, tokens: int, sequences: int = 0) -> in
     return tokens * widest * STATE_BYTES + sequences * config.vocab_size * 4
 
 
-def kept_bytes(config: ModelConfig, num_experts: int, checkpointing: Checkpointing) -> int:
-    """Bytes that one token leaves in a layer with so many experts until its backward pass."""
+def kept_bytes(config: ModelConfig, num_experts: int, checkpointing: Checkpointing, *, fused_norms: bool = True) -> int:
+    """Bytes that one token leaves in a layer with so many experts until its backward pass.
+
+    Fused norms keep their input; without such a kernel, on CPUs, torch keeps it twice in float32.
+    """
     D = config.hidden_size
     if checkpointing == "full":
-        return D * STATE_BYTES
-    attention, feed_forward = _attention_numbers(config), _feed_forward_numbers(config, num_experts)
-    products, cheap = (first + second for first, second in zip(attention, feed_forward, strict=True))
-    return (products + (cheap if checkpointing == "none" else 0)) * STATE_BYTES
+        return 2 * D  # the layer's input
+    if checkpointing == "selective":
+        return 2 * D + _attention_products(config) + _feed_forward_products(config, num_experts)
+    return _attention_inputs(config, fused_norms) + _feed_forward_inputs(config, num_experts, fused_norms)
 
 
-def _attention_numbers(config: ModelConfig) -> tuple[int, int]:
-    """Numbers a token that matrix products and attention gave (the layer's input among them), and all others."""
+def _attention_products(config: ModelConfig) -> int:
+    """Results: queries, keys, values, attention, output projection, and both convolutions."""
     D, C = config.hidden_size, config.attention_size
-    products, cheap = D + 4 * C, D  # input; q, k, v, result | normed input
-    if config.localized_filtering:
-        # Two convolutions' results, D / 2 and D | both inputs beside the previous token's, and the normed result.
-        products, cheap = products + 3 * D // 2, cheap + 4 * D
-    return products, cheap
+    return 8 * C + 2 * D + (3 * D if config.localized_filtering else 0)
 
 
-def _feed_forward_numbers(config: ModelConfig, num_experts: int) -> tuple[int, int]:
-    D = config.hidden_size
+def _feed_forward_products(config: ModelConfig, num_experts: int) -> int:
+    """Results of the first matrices; of experts those of the second ones too, which the router's gradient needs, and
+    their inputs, because sending tokens again would cost more than keeping them."""
     if num_experts == 0:
-        return D + 2 * config.intermediate_size, D + config.intermediate_size
-    width = config.num_experts_per_tok * config.moe_intermediate_size
-    always = config.num_shared_experts * config.moe_intermediate_size
-    # Experts' inputs count among the products: sending tokens again would cost more than keeping them.
-    products = D + 2 * config.num_experts_per_tok * D + 2 * (width + always)
-    # The Attention Router relates E x E experts in float32, which is two of these numbers each.
-    relations = 2 * num_experts**2 if config.router == "attention" else 0
-    return products, D + width + always + relations
+        return 4 * config.intermediate_size
+    chosen, F = config.num_experts_per_tok, config.moe_intermediate_size
+    return 4 * chosen * (config.hidden_size + F) + 4 * config.num_shared_experts * F
+
+
+def _attention_inputs(config: ModelConfig, fused_norms: bool) -> int:
+    """What each operation keeps of its inputs: norm, projections, attention, and LFA's two convolutions and norm."""
+    D, C = config.hidden_size, config.attention_size
+    norm = 2 * D if fused_norms else 8 * D
+    return norm + 2 * D + 8 * C + (4 * D + 2 * D + norm + 2 * D if config.localized_filtering else 0)
+
+
+def _feed_forward_inputs(config: ModelConfig, num_experts: int, fused_norms: bool) -> int:
+    D, F = config.hidden_size, config.moe_intermediate_size
+    norm = (2 * D if fused_norms else 8 * D) + 2 * D
+    # SwiGLU keeps gate and up, what SiLU made of the gate, and the product.
+    if num_experts == 0:
+        return norm + 8 * config.intermediate_size
+    # Experts keep their copy of the token, and their result in float32 for its weight's gradient.
+    experts = config.num_experts_per_tok * (2 * D + 8 * F + 4 * D)
+    # The order of all experts; and of the Attention Router its four rows and the relations between them, in float32.
+    router = 8 * num_experts + (4 * (num_experts + 4) * num_experts if config.router == "attention" else 0)
+    return norm + experts + 8 * config.num_shared_experts * F + router

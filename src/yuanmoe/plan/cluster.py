@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from yuanmoe.plan import cost
+from yuanmoe.plan import cost, paper
 from yuanmoe.plan.layout import Layout, Training, check_stages, find_layouts
 from yuanmoe.plan.nodes import Cluster
 from yuanmoe.plan.parts import STATE_BYTES, Case, Part, total
@@ -128,7 +128,7 @@ class Candidate:
         gathers = A * sum(stage.gathers_s for stage in stages) / P
         return StepTime(
             compute=A * sum(stage.compute_s for stage in stages) / P,
-            bubble=passing + (A - 1) * slowest - A * passing / P,
+            bubble=max(0.0, passing + (A - 1) * slowest - A * passing / P),  # rounding
             pipeline=A * self._boundary_bytes() / self.case.cluster.boundary(self.case.layout.data, P),
             experts=A * sum(stage.experts_s for stage in stages) / P,
             gradients=gathers + max(stage.reduce_s for stage in stages),
@@ -174,7 +174,6 @@ class Request:
 
 def rank(request: Request) -> list[Plan]:
     """The layouts that fit: the best of each number of stages and of ranks for experts, fastest first."""
-    limit = request.cluster.device.memory_bytes
     best: dict[tuple[int, int], Plan] = {}
     for candidate in sorted(request.candidates(), key=Candidate.least_s):
         kind = (candidate.case.layout.stages, candidate.case.layout.experts)
@@ -199,11 +198,40 @@ def nearest(request: Request) -> Plan:
     return best
 
 
-def training_flops(training: Training) -> float:
-    """Model FLOPs of a step: nothing computed twice, each token seeing half of its sequence."""
-    return training.tokens * cost.training_flops(training.config, (training.sequence_length + 1) / 2)
+def model_flops(training: Training) -> float:
+    """FLOPs of a step that the model needs: nothing computed twice, each token seeing half of its sequence."""
+    return training.tokens * cost.training_flops(training.config, _context(training))
 
 
-def model_flops_utilization(training: Training, cluster: Cluster, step_s: float) -> float:
-    """Share of the cluster's matmul peak that went into the model (MFU)."""
-    return training_flops(training) / (step_s * cluster.size * cluster.flops_per_s / cluster.matmul_share)
+def model_flops_utilization(request: Request, step_s: float) -> float:
+    """Share of the cluster's matmul peak that goes into the model (MFU)."""
+    peak = request.cluster.size * request.cluster.flops_per_s / request.cluster.matmul_share
+    return model_flops(request.training) / (step_s * peak)
+
+
+def equation_4_s(request: Request, layout: Layout) -> float:
+    """Seconds of a step with equal stages by the paper's equation, with this model's FLOPs and all its parameters."""
+    training, cluster, config = request.training, request.cluster, request.training.config
+    flops = cost.training_flops(config, _context(training))
+    if layout.checkpointing == "full":
+        flops += flops / 3 - 2 * cost.active_parameters(config)["head"]
+    step = paper.Step(
+        flops=layout.micro_batch * training.sequence_length * flops,
+        parameters=sum(cost.parameters(config).values()),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        sequence_length=training.sequence_length,
+        micro_batch=layout.micro_batch,
+        accumulation=layout.accumulation(training),
+        pipeline=layout.stages,
+        data=layout.data,
+        flops_per_s=cluster.flops_per_s,
+        link=cluster.link,
+        network=cluster.network(1) if cluster.wires.shared else cluster.network(1) * cluster.devices_per_node,
+    )
+    return paper.without_tensor_parallel(step).total
+
+
+def _context(training: Training) -> float:
+    """Tokens that a token attends to on average."""
+    return (training.sequence_length + 1) / 2

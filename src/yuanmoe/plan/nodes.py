@@ -85,6 +85,11 @@ class Cluster:
         assert self.device.bf16_flops is not None, "find_cluster lets no other device pass"
         return self.device.bf16_flops * self.matmul_share
 
+    @property
+    def link(self) -> float:
+        """What a device sends to another one of its node."""
+        return self.wires.link * LINK_SHARE
+
     def with_nodes(self, nodes: int) -> "Cluster":
         """The same with more or fewer nodes."""
         return dataclasses.replace(self, nodes=nodes)
@@ -96,12 +101,11 @@ class Cluster:
     def ring(self, ranks: int, stride: int = 1) -> float:
         """What a device sends and gets in a ring over `ranks` devices, every stride-th, as others do at once."""
         span = ranks * stride
-        link = self.wires.link * LINK_SHARE
         if self.neighbours(span) == span:
-            return link
+            return self.link
         # A ring enters and leaves a node once, over the cards of all its devices there.
         inside = max(1, self.neighbours(span) // stride)
-        return min(link, inside * self.network(self.devices_per_node))
+        return min(self.link, inside * self.network(self.devices_per_node))
 
     def network(self, senders: int) -> float:
         """What each of so many devices of a node sends to other nodes, all at once."""
@@ -111,15 +115,15 @@ class Cluster:
     def all_to_all_s(self, sent: float, ranks: int) -> float:
         """Seconds in which each of `ranks` consecutive devices spreads `sent` bytes evenly over all of them."""
         inside = self.neighbours(ranks)
-        near = sent * (inside - 1) / ranks / (self.wires.link * LINK_SHARE)
+        near = sent * (inside - 1) / ranks / self.link
         far = sent * (ranks - inside) / ranks / self.network(self.devices_per_node)
         return max(near, far)  # over different wires at the same time
 
     def boundary(self, data: int, stages: int) -> float:
         """What a device sends to its counterpart in the next stage, over the slowest boundary."""
         if self.neighbours(data * stages) == data * stages:
-            return self.wires.link * LINK_SHARE
-        return min(self.wires.link * LINK_SHARE, self.network(min(data, self.devices_per_node)))
+            return self.link
+        return min(self.link, self.network(min(data, self.devices_per_node)))
 
 
 def parse_cluster(text: str) -> tuple[int, str]:

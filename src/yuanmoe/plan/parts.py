@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from yuanmoe.plan import cost
-from yuanmoe.plan.activations import LOGIT_BYTES, LOSS_BLOCK, activation_bytes, kept_bytes
+from yuanmoe.plan.activations import LOGIT_BYTES, LOSS_BLOCK, Checkpointing, activation_bytes, kept_bytes
 from yuanmoe.plan.cost import STATE_BYTES, Weight
 from yuanmoe.plan.layout import Layout, Sharding, Training
 from yuanmoe.plan.nodes import Cluster
@@ -92,9 +92,10 @@ class Case:
         context = (self.training.sequence_length + 1) / 2
         flops = _flops(cost.layer_weights(config, num_experts))
         flops += cost.attention_flops(config, context) / config.num_hidden_layers
-        compute_s = self._compute_s(flops, every + routed, passes=4 if layout.checkpointing == "full" else 3)
+        passes = 4 if layout.checkpointing == "full" else 3
+        compute_s = passes * max(LAYER_S, self._pass_s(flops, every + routed))
         own = Part(
-            kept=self.micro_batch_tokens * kept_bytes(config, num_experts, layout.checkpointing),
+            kept=self._kept(num_experts, layout.checkpointing),
             compute_s=compute_s,
             experts_s=self._experts_s(num_experts),
             gathers_s=max(0.0, self._gathers_s(every) + self._gathers_s(routed, layout.experts) - compute_s),
@@ -119,15 +120,15 @@ class Case:
         return [total(stage) for stage in parts]
 
     def _everywhere(self) -> Part:
-        config, layout, tokens = self.training.config, self.layout, self.micro_batch_tokens
+        config, layout = self.training.config, self.layout
         kinds = set(config.experts_per_layer)
-        again = (kept_bytes(config, kind, "none") - kept_bytes(config, kind, layout.checkpointing) for kind in kinds)
+        again = max(self._kept(kind, "none") - self._kept(kind, layout.checkpointing) for kind in kinds)
         # FSDP holds the layer at work and the next one whole, and the whole gradient of the former.
         whole = max(sum(self._layer_parameters(kind)) for kind in kinds) if layout.sharding == "fsdp" else 0
         return Part(
             weights=2 * WEIGHT_BYTES * whole,
             gradients=WEIGHT_BYTES * whole,
-            workspace=tokens * max(again) + activation_bytes(config, tokens),
+            workspace=again + activation_bytes(config, self.micro_batch_tokens),
             runtime=RUNTIME_BYTES + (COMMUNICATION_BYTES if self.cluster.size > 1 else 0),
         )
 
@@ -136,8 +137,14 @@ class Case:
         block = min(self.micro_batch_tokens, LOSS_BLOCK) * self.training.config.vocab_size * LOGIT_BYTES
         return Part(
             loss=block + GRADIENT_BYTES * head.size,
-            compute_s=self._compute_s(_flops([head]), head.size, passes=3),
+            compute_s=3 * self._pass_s(_flops([head]), head.size),
         )
+
+    def _kept(self, num_experts: int, checkpointing: Checkpointing) -> int:
+        """Bytes of intermediate results that a micro-batch leaves in a layer."""
+        fused = self.cluster.device.kind != "cpu"
+        each = kept_bytes(self.training.config, num_experts, checkpointing, fused_norms=fused)
+        return self.micro_batch_tokens * each
 
     def _layer_parameters(self, num_experts: int) -> tuple[int, int]:
         """Parameters of a layer on one device: those that every data rank has, and routed experts."""
@@ -159,12 +166,10 @@ class Case:
             update_s=UPDATE_BYTES * share / self.cluster.device.bandwidth,
         )
 
-    def _compute_s(self, flops: float, parameters: int, passes: int) -> float:
-        """Of a micro-batch: as long as its FLOPs, reading the weights, or starting the work takes, in every pass."""
-        cluster = self.cluster
-        products_s = self.micro_batch_tokens * flops / cluster.flops_per_s
-        reading_s = WEIGHT_BYTES * parameters / cluster.device.bandwidth
-        return passes * max(products_s, reading_s, LAYER_S)
+    def _pass_s(self, flops: float, parameters: int) -> float:
+        """Of a micro-batch forward: as long as its FLOPs or reading the weights takes. Backward is two of these."""
+        products_s = self.micro_batch_tokens * flops / self.cluster.flops_per_s
+        return max(products_s, WEIGHT_BYTES * parameters / self.cluster.device.bandwidth)
 
     def _experts_s(self, num_experts: int) -> float:
         config, layout = self.training.config, self.layout

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them: `24GiB`, `80 GB`.
+"""Sizes in bytes and rates as people write and read them: `24GiB`, `80 GB`, `400Gb/s`.
 
 Binary units (KiB, MiB, GiB, TiB) are powers of 1024, decimal ones (KB, MB, GB, TB) of 1000.
 """
@@ -22,6 +22,15 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"size {text!r} is nothing; give at least one byte")
     return size
+
+
+def parse_rate(text: str) -> float:
+    """Bytes a second in a rate such as `450GB/s`, or `400Gb/s` in bits. Raises UsageError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)([bB])/s\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"rate {text!r} is not a number with a unit; write it like 450GB/s, or 400Gb/s in bits")
+    scale = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}[match[2].lower()]
+    return float(match[1]) * scale / (8 if match[3] == "b" else 1)
 
 
 def format_size(size: float) -> str:
