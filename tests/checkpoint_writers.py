@@ -156,13 +156,20 @@ def _write(folder: Path, config_json: Mapping, state: State, shards: int, stem: 
 # --- GPTQ (spec 3.5) --------------------------------------------------------------------------------------------------
 
 
-def pack_gptq(weight: Tensor, bits: int, group: int, g_idx: Tensor | None = None) -> tuple[State, Tensor]:
-    """A linear packed with random scales and codes of its shape, and the fp16 weight that it stands for."""
+def pack_gptq(
+    weight: Tensor, bits: int, group: int, g_idx: Tensor | None = None, *, symmetric: bool = False
+) -> tuple[State, Tensor]:
+    """A linear packed with random scales and codes of its shape, and the fp16 weight that it stands for.
+
+    The zeros are random too, unless `symmetric`: then they are the middle code.
+    """
     outputs, inputs = weight.shape
     g_idx = torch.arange(inputs) // group if g_idx is None else g_idx
     groups = int(g_idx.max()) + 1
     codes = torch.randint(0, 2**bits, (inputs, outputs))
     zeros = torch.randint(0, 2**bits, (groups, outputs))
+    if symmetric:
+        zeros.fill_(2 ** (bits - 1))
     scales = (torch.rand(groups, outputs) * 0.1 + 0.01).half()
     expected = torch.empty(outputs, inputs, dtype=torch.float16)
     for i in range(inputs):
@@ -185,18 +192,27 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def write_gptq(folder: Path, config_json: Mapping, official: State, bits: int, cuts: Sequence[float]) -> State:
+def write_gptq(
+    folder: Path,
+    config_json: Mapping,
+    official: State,
+    bits: int,
+    cuts: Sequence[float],
+    *,
+    group: int = 8,
+    symmetric: bool = False,
+) -> State:
     """An official GPTQ directory, its one file cut into raw pieces at these shares of its bytes; the weights in it."""
     folder.mkdir(parents=True)
     stored: State = {}
     expected: State = {}
     for name, tensor in official.items():
         if "_proj" in name or ".gate." in name or ".experts." in name:
-            parts, expected[name] = pack_gptq(tensor, bits, group=8)
+            parts, expected[name] = pack_gptq(tensor, bits, group, symmetric=symmetric)
             stored |= {f"{name.removesuffix('weight')}{suffix}": part for suffix, part in parts.items()}
         else:
             stored[name] = expected[name] = tensor.half()
-    base = f"gptq_model-{bits}bit-8g"
+    base = f"gptq_model-{bits}bit-{group}g"
     whole = folder / f"{base}.safetensors"
     save_file(stored, whole)
     content = whole.read_bytes()
@@ -204,7 +220,7 @@ def write_gptq(folder: Path, config_json: Mapping, official: State, bits: int, c
     edges = [0, *(int(cut * len(content)) for cut in cuts), len(content)]
     for piece, (start, stop) in enumerate(pairwise(edges)):
         (folder / f"{whole.name}{piece:02}").write_bytes(content[start:stop])
-    settings = {"bits": bits, "group_size": 8, "desc_act": False, "sym": True, "quant_method": "gptq"}
+    settings = {"bits": bits, "group_size": group, "desc_act": False, "sym": True, "quant_method": "gptq"}
     write_json(folder / "quantize_config.json", settings)
     write_json(folder / "config.json", {**config_json, "quantization_config": settings})
     return expected

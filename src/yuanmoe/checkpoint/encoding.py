@@ -17,6 +17,7 @@ from torch import Tensor
 
 from yuanmoe.checkpoint import gptq
 from yuanmoe.checkpoint.lazy import ComposedTensor, LazyTensor
+from yuanmoe.errors import UsageError
 from yuanmoe.ops.packing import PackedFormat
 from yuanmoe.ops.quant import (
     BLOCK_ROWS,
@@ -138,9 +139,9 @@ def measure(weight: Tensor, found: QuantizedTensor) -> Noise:
 class EncodedWeight:
     """The codes and scales of a weight, computed while they are written, and what was lost on the way."""
 
-    def __init__(self, encoder: Encoder, pool: Executor, ahead: int) -> None:
+    def __init__(self, name: str, encoder: Encoder, pool: Executor, ahead: int) -> None:
         """`pool` encodes up to `ahead` pieces before they are written."""
-        self._encoder, self._pool, self._ahead = encoder, pool, ahead
+        self._name, self._encoder, self._pool, self._ahead = name, encoder, pool, ahead
         self._scales: list[Tensor] = []
         self._noise: list[Noise] = []
 
@@ -171,7 +172,10 @@ class EncodedWeight:
             yield packed.codes.flatten()
 
     def _encode(self, piece: tuple[int, int, int]) -> tuple[PackedTensor, Noise]:
-        found, noise = self._encoder.encode(*piece)
+        try:
+            found, noise = self._encoder.encode(*piece)
+        except UsageError as error:
+            raise UsageError(f"{self._name}: {error}") from error
         return pack(found), noise
 
     def _take_scales(self) -> Iterator[Tensor]:

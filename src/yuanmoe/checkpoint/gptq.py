@@ -80,7 +80,8 @@ def _dequantized(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor | 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Codes uint8 [N, W * 32 / bits] out of int32 `words` [W, N], low bits first."""
-    octets = words.contiguous().view(torch.uint8).view(*words.shape, 4)
+    # Flattened first: a transposed single column counts as contiguous, but cannot be viewed as bytes.
+    octets = words.reshape(-1).view(torch.uint8).view(*words.shape, 4)
     codes = torch.stack([(octets >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
     return codes.flatten(2).transpose(0, 1).flatten(1)
 

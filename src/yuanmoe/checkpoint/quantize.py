@@ -125,6 +125,8 @@ def prepare(
         raise UsageError(f"{src} is quantized already; quantize the checkpoint that it was made from")
     precision = policy(source.config, bits, group_size=group_size or _group_size(source), roles=roles)
     formats = packed_formats(source.config, precision)
+    if not formats:
+        raise UsageError("every role stays as it is, so nothing would be quantized; yuanmoe convert does the rest")
     return Job(source=source, precision=precision, method=method, calibration=calibration, formats=formats)
 
 
@@ -144,7 +146,7 @@ def run(job: Job, dst: Path | str, **options: Unpack[WriteOptions]) -> Quantized
     with _workers() as pool:
         encoders = {name: _encoder(job, name, form, context) for name, form in job.formats.items()}
         ahead = 2 * torch.get_num_threads()
-        weights = {name: EncodedWeight(encoder, pool, ahead) for name, encoder in encoders.items()}
+        weights = {name: EncodedWeight(name, encoder, pool, ahead) for name, encoder in encoders.items()}
 
         def report_with(facts: Mapping[str, Any]) -> dict[str, Any]:
             return {"fingerprint": fingerprint} | report_of(source, job.formats, job.method, facts)
