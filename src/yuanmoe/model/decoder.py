@@ -6,7 +6,7 @@ Legend: N tokens, D hidden, V vocabulary, B sequences, S tokens of a sequence.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -119,8 +119,8 @@ class YuanForCausalLM(nn.Module):
         return linear(hidden, self.head_weight)
 
     @property
-    def head_weight(self) -> Tensor:
-        """The matrix of the output head, [V, D]."""
+    def head_weight(self) -> Any:
+        """The matrix of the output head: a tensor [V, D], or `PackedMatrices` where it is in few bits."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return head.weight
 

@@ -7,7 +7,6 @@ Legend: N tokens, D hidden, I inputs, O outputs, V vocabulary.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -99,7 +98,7 @@ class QuantizedYuan(YuanForCausalLM):
         self.kv_dtype = torch.bfloat16
 
     def logits(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
-        head: Any = self.head_weight
+        head = self.head_weight
         return (
             native.quantized_linear(hidden, head.packed) if isinstance(head, PackedMatrices) else super().logits(hidden)
         )
