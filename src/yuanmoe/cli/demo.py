@@ -18,9 +18,8 @@ from yuanmoe.cli.demo_stages import Work, works
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.stages import Stage, Stages
 from yuanmoe.plan.sizes import parse_size
-from yuanmoe.train.recipe import nano
+from yuanmoe.train.recipes import CODE_PROMPTS, nano
 
-PROMPTS = ("def read_lines(path):\n    ", "class Stack:\n    def __init__(self", "import os\n\nfor name in ")
 SAMPLING = {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 0}
 
 
@@ -37,7 +36,8 @@ def demo(
 
     What an earlier run finished is reused. Ctrl-C ends the training early and goes on with what was learned.
     """
-    recipe = nano(max_seconds=seconds, seed=seed)
+    # The completions at the end are its samples.
+    recipe = nano().replace("schedule", max_seconds=seconds).replace("run", seed=seed, prompts=())
     max_bytes = None if corpus_size is None else parse_size(corpus_size)
     console = people()
     console.print("[bold]A small Yuan MoE, from the Python on this machine to code completion[/]\n")
@@ -48,12 +48,12 @@ def demo(
         from yuanmoe.lm import load
 
         lm = load(out / "model", device="cpu")
-        completions = lm.generate_batch(PROMPTS, routing=True, **SAMPLING)
-    show_completions(console, lm, PROMPTS, completions)
+        completions = lm.generate_batch(CODE_PROMPTS, routing=True, **SAMPLING)
+    show_completions(console, lm, CODE_PROMPTS, completions)
     _say_next(console, out)
     result = {"command": "demo", "out": str(out), "reused": [name for name, stage in done.items() if stage.reused]}
     found = {name: stage.summary for name, stage in done.items()}
-    print_result(result | found | {"completions": as_json(lm, PROMPTS, completions)})
+    print_result(result | found | {"completions": as_json(lm, CODE_PROMPTS, completions)})
 
 
 def _run(stages: Stages, work: Work, out: Path, console: Console) -> Stage:

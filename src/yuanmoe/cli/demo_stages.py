@@ -17,8 +17,7 @@ from rich.console import Console
 from yuanmoe.config import ModelConfig
 from yuanmoe.data.bpe import train_bpe
 from yuanmoe.data.corpus import stdlib_documents
-from yuanmoe.data.loader import ShuffledWindows, consecutive_windows
-from yuanmoe.data.shards import open_shard, write_shard
+from yuanmoe.data.shards import write_shard
 from yuanmoe.data.tokenizer import load_tokenizer
 from yuanmoe.errors import DataError
 from yuanmoe.plan import cost
@@ -120,7 +119,7 @@ def make_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def make_tokens(folder: Path) -> dict[str, Any]:
-    """tokens/: the corpus as token ids, `train` and `heldout`."""
+    """tokens/: the corpus as token ids, `train` and `heldout`, and their tokenizer: what `yuanmoe train` takes."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     every = min(HELDOUT_EVERY, sum(1 for _ in _texts(folder)))
 
@@ -129,6 +128,7 @@ def make_tokens(folder: Path) -> dict[str, Any]:
 
     train = write_shard(folder / "tokens" / "train", part(heldout=False), tokenizer)
     heldout = write_shard(folder / "tokens" / "heldout", part(heldout=True), tokenizer)
+    tokenizer.save(folder / "tokens")
     return {"train": asdict(train.index), "heldout": asdict(heldout.index)}
 
 
@@ -143,18 +143,15 @@ def make_model(folder: Path, recipe: Recipe, console: Console) -> dict[str, Any]
     """model/: trained on the tokens and saved in the official layout with its tokenizer; run/: how that went."""
     # Torch takes seconds to import: too long for those before it, and for `--help`.
     from yuanmoe.checkpoint.save import save_official
-    from yuanmoe.cli.training import run_training
-    from yuanmoe.train.optim import new_model
+    from yuanmoe.cli.training import Job, run_training
+    from yuanmoe.train.data import open_data
+    from yuanmoe.train.start import new_model
 
-    tokens, heldout = (open_shard(folder / "tokens" / name) for name in ("train", "heldout"))
-    length = recipe.sequence_length
-    batches = ShuffledWindows(tokens.ids, length=length, batch_size=recipe.batch_size, seed=recipe.seed)
-    windows = consecutive_windows(heldout.ids, length=length)
+    data = open_data(folder / "tokens", recipe)
     console.print(f"  model      {describe_model(recipe.model)}", soft_wrap=True)
     model = new_model(recipe)
-    found = run_training(
-        model, recipe, batches, windows, heldout.bytes_per_token, run_folder=folder / "run", console=console
-    )
+    job = Job(model=model, recipe=recipe, data=data, folder=folder / "run", console=console, keeps=False)
+    found = run_training(job)
     save_official(model.state_dict(), recipe.model, folder / "model", companions=folder / "tokenizer", overwrite=True)
     return found
 

@@ -1,69 +1,203 @@
-"""One training run from the command line: shown while it goes, written to its folder, ended by its budget or by Ctrl-C.
+"""One training run from the command line: shown while it goes, written to its folder and saved.
+
+Its budget ends it, or a signal, or a loss that must not be learned from.
 
 Importing this file imports torch.
 """
 
-from dataclasses import asdict
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from yuanmoe.checkpoint.native_config import Origin
 from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.probe import matmul_rate
 from yuanmoe.cli.training_view import TrainingView
-from yuanmoe.data.loader import ShuffledWindows, Windows
+from yuanmoe.data.tokenizer import load_tokenizer
+from yuanmoe.errors import TrainingError
+from yuanmoe.evals.run_page import write_run_page
+from yuanmoe.lm import LanguageModel
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.runs import RunFolder
-from yuanmoe.train.loop import train
-from yuanmoe.train.meter import Meter, bits_per_byte, metrics
+from yuanmoe.train.board import Board
+from yuanmoe.train.checkpoint import Checkpoints, read_facts, read_tensors, snapshot
+from yuanmoe.train.data import TrainingData
+from yuanmoe.train.loop import Progress, Training
+from yuanmoe.train.meter import Reading, bits_per_byte, flops_per_token, metrics, read
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.step import evaluate
 
 SAMPLE_WINDOWS = 256
 """Held-out windows, spread evenly, that are measured while training goes on; all of them at its end."""
+CHECKPOINTS = "checkpoints"
 
 
-def run_training(
-    model: YuanForCausalLM,
-    recipe: Recipe,
-    batches: ShuffledWindows,
-    heldout: Windows,
-    bytes_per_token: float,
-    *,
-    run_folder: Path,
-    console: Console,
-) -> dict[str, Any]:
-    """Trains `model` in place; what came of it, as JSON values. `bytes_per_token` is that of the `heldout` text."""
-    weight = model.head_weight
-    with console.status("measuring this machine's matrix products"):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run and its surroundings."""
+
+    model: YuanForCausalLM
+    """Trained in place."""
+    recipe: Recipe
+    data: TrainingData
+    folder: Path
+    console: Console
+    origin: Origin = field(default_factory=Origin)
+    """Of the weights it started from."""
+    keeps: bool = True
+    """Whether the run is saved on its way, and writes curves for TensorBoard."""
+    resumed_from: Path | None = None
+    """The checkpoint to go on from; the model has its weights already."""
+
+
+def run_training(job: Job) -> dict[str, Any]:
+    """Trains, and says what came of it as JSON values. Raises TrainingError with a saved state where it must stop."""
+    weight, heldout = job.model.model.norm.weight, job.data.heldout
+    with job.console.status("measuring this machine's matrix products"):
         peak = matmul_rate(weight.device, weight.dtype, size=1024).high
-    sample = heldout[:: len(heldout) // SAMPLE_WINDOWS + 1]
-    meter, progress, reading = Meter(recipe), None, None
-    view = TrainingView(console=console, peak_flops=peak)
-    with RunFolder(run_folder, recipe.to_dict()) as run, view, Interrupt() as interrupt:
-        interrupt.graceful = True
-        for progress in train(model, recipe, batches.batch, sample):
-            reading = meter.read(progress)
-            loss = progress.heldout_loss
-            bits = None if loss is None else bits_per_byte(loss, bytes_per_token)
-            run.log(metrics(progress, reading) | ({} if bits is None else {"heldout_bits_per_byte": bits}))
-            view.show(progress, reading, bits)
-            if interrupt.requested:
-                break
-    assert progress is not None, "a run has at least one step"
-    assert reading is not None, "and every step is read"
-    with console.status("measuring on the held-out text"):
-        loss = evaluate(model, torch.from_numpy(heldout).to(weight.device))
-    return {
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "seconds": progress.elapsed_s,
-        "interrupted": progress.share < 1,
-        "heldout_bits_per_byte": bits_per_byte(loss, bytes_per_token),
-        "tokens_per_s": meter.tokens_per_s,
-        "flops_per_s": meter.tokens_per_s * meter.flops_per_token,
-        "peak_flops_per_s": peak,
-        "balance": [asdict(layer) for layer in reading.balance],
-    }
+    sample = None if heldout is None else heldout[:: len(heldout) // SAMPLE_WINDOWS + 1]
+    training = Training(job.model, job.recipe, job.data.batch, sample)
+    if job.resumed_from is not None:
+        training.load(read_tensors(job.resumed_from), read_facts(job.resumed_from))
+    with _Desk(job, training, peak) as desk:
+        number = desk.follow()
+    found: dict[str, Any] = {"interrupted": number != 0, "signal": number} | desk.summary(peak)
+    if heldout is not None:
+        with job.console.status("measuring on the held-out text"):
+            loss = evaluate(job.model, torch.from_numpy(heldout).to(weight.device))
+        found |= {"heldout_loss": loss, "heldout_bits_per_byte": bits_per_byte(loss, job.data.bytes_per_token)}
+    write_run_page(job.folder)
+    return found
+
+
+class _Desk(ExitStack):
+    """Everything that a run writes to while it goes."""
+
+    def __init__(self, job: Job, training: Training, peak: float) -> None:
+        super().__init__()
+        self.job, self.training = job, training
+        self.reading: Reading | None = None
+        self._resumed_at = training.step if job.resumed_from else None
+        self._identity = {"recipe": job.recipe.to_dict(), "data": job.data.identity}
+        hint = "Ctrl-C saves and stops" if job.keeps else "Ctrl-C ends it sooner"
+        self._view = TrainingView(console=job.console, peak_flops=peak, hint=hint)
+        self._lm = LanguageModel(job.model, load_tokenizer(job.data.tokenizer)) if job.recipe.run.prompts else None
+        self._seconds = self._tokens = 0.0
+
+    def __enter__(self) -> "_Desk":
+        super().__enter__()
+        job, at = self.job, self._resumed_at
+        self._run = self.enter_context(RunFolder(job.folder, job.recipe.to_dict(), resumed_at=at))
+        self._board = self.enter_context(Board(job.folder, self._say, resumed_at=at)) if job.keeps else None
+        self._checkpoints = self.enter_context(self._open_checkpoints()) if job.keeps else None
+        self.enter_context(self._view)
+        self._interrupt = self.enter_context(Interrupt((signal.SIGINT, signal.SIGTERM)))
+        return self
+
+    def follow(self) -> int:
+        """Every step to the end of the budget, or to a signal, whose number it returns."""
+        self._interrupt.graceful = True
+        try:
+            for progress in self.training:
+                self._record(progress)
+                if self._interrupt.requested:
+                    break
+        except TrainingError as error:
+            raise TrainingError(f"{error}. {self._rescue()}") from error
+        self._save()
+        if self._checkpoints is not None:
+            self._checkpoints.finish()
+        return self._interrupt.number
+
+    def summary(self, peak: float) -> dict[str, Any]:
+        """Of the whole run; speeds are those since it was started or resumed."""
+        assert self.reading is not None, "a run has at least one step"
+        last, rate = self.training.recent[-1], self._tokens / self._seconds
+        return {
+            "steps": last.step,
+            "tokens": last.tokens,
+            "seconds": last.elapsed_s,
+            "loss": self.reading.loss,
+            "tokens_per_s": rate,
+            "flops_per_s": rate * flops_per_token(self.job.recipe),
+            "peak_flops_per_s": peak,
+            "balance": [asdict(layer) for layer in self.reading.balance],
+        }
+
+    def _record(self, progress: Progress) -> None:
+        recipe = self.job.recipe
+        self._seconds += progress.step_s
+        self._tokens += recipe.data.tokens_per_step
+        self.reading = read(self.training.recent, recipe)
+        bits = None
+        if progress.heldout_loss is not None:
+            bits = bits_per_byte(progress.heldout_loss, self.job.data.bytes_per_token)
+        line = metrics(progress, self.reading) | ({} if bits is None else {"heldout_bits_per_byte": bits})
+        self._run.log(line)
+        if self._board is not None:
+            self._board.log(progress.step, _curves(line))
+        self._view.show(progress, self.reading, bits)
+        every = recipe.run.checkpoint_steps
+        if progress.milestone is not None:
+            self._write_samples(progress.step)
+            write_run_page(self.job.folder)
+        if progress.milestone is not None or (every and progress.step % every == 0):
+            self._save()
+
+    def _write_samples(self, step: int) -> None:
+        """What the model makes of the recipe's prompts now, always its likeliest tokens."""
+        if self._lm is None:
+            return
+        run = self.job.recipe.run
+        room = self.job.recipe.model.max_position_embeddings
+        with _evaluating(self.job.model):
+            for prompt in run.prompts:
+                ids = self._lm.text_ids(prompt)
+                new_tokens = min(run.sample_tokens, room - len(ids))
+                if new_tokens > 0:
+                    text = self._lm.generate(ids, max_new_tokens=new_tokens).text
+                    self._run.sample({"step": step, "prompt": prompt, "text": text})
+
+    def _open_checkpoints(self) -> Checkpoints:
+        keep_last, folder = self.job.recipe.run.keep_last, self.job.folder / CHECKPOINTS
+        return Checkpoints(folder, keep_last=keep_last, companions=self.job.data.tokenizer, say=self._say)
+
+    def _save(self) -> None:
+        if self._checkpoints is not None:
+            facts = self.training.facts() | self._identity
+            self._checkpoints.save(snapshot(self.job.model, self.training.tensors(), facts, self.job.origin))
+
+    def _rescue(self) -> str:
+        """Saves the state before a step that was not taken, and says where it is."""
+        if self._checkpoints is None or self.training.step == 0:
+            return "Nothing was learned that could be saved" if self.training.step == 0 else "This run is not saved"
+        self._save()
+        return f"The state before it is saved in {self._checkpoints.finish()}; --resume goes on from there"
+
+    def _say(self, message: str) -> None:
+        self.job.console.print(f"  {message}", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _evaluating(model: YuanForCausalLM) -> Iterator[None]:
+    """The model as it is in use: without dropout."""
+    model.eval()
+    yield
+    model.train()
+
+
+def _curves(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics that are worth a curve."""
+    names = (
+        "loss", "balance_loss", "gradient_norm", "learning_rate", "tokens_per_s", "heldout_loss",
+        "heldout_bits_per_byte",
+    )  # fmt: skip
+    layers = enumerate(line["balance"])
+    experts = {f"experts/{name} {place}": value for place, layer in layers for name, value in layer.items()}
+    return {name: line[name] for name in names if name in line} | experts

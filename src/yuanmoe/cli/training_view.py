@@ -40,6 +40,8 @@ class TrainingView:
     console: Console
     peak_flops: float
     """What matrix products reach on this machine, measured in the run's dtype."""
+    hint: str
+    """What Ctrl-C does."""
     curve: list[float] = field(default_factory=list)
     """Recent loss at even shares of the budget, nats a token."""
     heldout: list[float] = field(default_factory=list)
@@ -93,7 +95,7 @@ class TrainingView:
         left = progress.elapsed_s * (1 / progress.share - 1)
         clock = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=1.0, completed=progress.share, width=CURVE_WIDTH)
-        clock.add_row(bar, f"{left:.0f} s left; Ctrl-C ends it sooner")
+        clock.add_row(bar, f"{left:.0f} s left; {self.hint}")
         grid = Table.grid(padding=(0, 2))
         grid.add_column(width=NAME_WIDTH)
         grid.add_row("training", clock)

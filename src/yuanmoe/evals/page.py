@@ -69,8 +69,14 @@ def page(report: dict[str, Any]) -> str:
         "<h2>Layer by layer</h2>",
         *(_layer(index, layer) for index, layer in enumerate(layers)),
     ]
+    title = f"{report['text']} in {report['model']}"
+    return document(title, parts, style=_STYLE, data=report, script=_SCRIPT)
+
+
+def document(title: str, parts: Sequence[str], *, style: str, data: Any = None, script: str = "") -> str:
+    """A whole file of these parts, which asks nobody for anything; `data` is for `script`, and for programs."""
     # "<" could end the script element.
-    data = json.dumps(report, allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -79,14 +85,14 @@ def page(report: dict[str, Any]) -> str:
   content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
-<title>{escape(report["text"])} in {escape(report["model"])}</title>
-<style>{_STYLE}</style>
+<title>{escape(title)}</title>
+<style>{style}</style>
 </head>
 <body>
 {chr(10).join(parts)}
 <div id="tip"></div>
-<script type="application/json" id="report">{data}</script>
-<script>{_SCRIPT}</script>
+<script type="application/json" id="report">{text}</script>
+<script>{script}</script>
 </body>
 </html>
 """

@@ -1,1 +1,1 @@
-"""Training: a recipe, its optimizer and schedule, one step, and the loop around it."""
+"""Training: recipes, optimizer and schedule, one step, the loop around it, and checkpoints that it goes on from."""

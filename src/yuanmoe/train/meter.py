@@ -4,7 +4,6 @@ Legend: L layers with experts, E experts.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,8 +12,6 @@ from yuanmoe.plan import cost
 from yuanmoe.train.loop import Progress
 from yuanmoe.train.recipe import Recipe
 
-WINDOW_STEPS = 32
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
@@ -22,8 +19,12 @@ class Balance:
 
     max_over_mean: float
     """Load of the busiest expert, as a multiple of an even share."""
+    coefficient_of_variation: float
+    """Standard deviation of the loads, as a multiple of an even share."""
+    entropy: float
+    """Of a choice, in nats; log(E) where the load is even."""
     effective_experts: float
-    """Equally busy experts whose choice would be as uncertain: exp of the load's entropy."""
+    """Equally busy experts whose choice would be as uncertain: exp of the entropy."""
     dead_experts: int
     """Never chosen."""
 
@@ -41,55 +42,45 @@ class Reading:
     balance: list[Balance]
 
 
-class Meter:
-    """Reads a run's progress, step by step."""
+def flops_per_token(recipe: Recipe) -> float:
+    """Of the model alone, forward and backward, as `plan.cost` counts them; a token sees half its window on average."""
+    return cost.training_flops(recipe.model, (recipe.data.sequence_length + 1) / 2)
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        # A token of a window sees half of it on average.
-        self.flops_per_token = cost.training_flops(recipe.model, (recipe.sequence_length + 1) / 2)
-        """Of the model alone, forward and backward, as `plan.cost` counts them."""
-        self._recent: deque[Progress] = deque(maxlen=WINDOW_STEPS)
-        self._tokens, self._seconds = 0, 0.0
 
-    @property
-    def tokens_per_s(self) -> float:
-        """In all steps so far; measurements on held-out text take time beside them."""
-        return self._tokens / self._seconds
-
-    def read(self, progress: Progress) -> Reading:
-        """What the run says after `progress`, its next step."""
-        self._recent.append(progress)
-        self._tokens, self._seconds = progress.tokens, self._seconds + progress.step_s
-        steps = len(self._recent)
-        rate = steps * self._recipe.tokens_per_step / sum(each.step_s for each in self._recent)
-        layers = zip(*(each.load for each in self._recent), strict=True)
-        load = [[sum(counts) for counts in zip(*layer, strict=True)] for layer in layers]
-        return Reading(
-            loss=sum(each.loss for each in self._recent) / steps,
-            tokens_per_s=rate,
-            flops_per_s=rate * self.flops_per_token,
-            load=load,
-            balance=[balance(layer) for layer in load],
-        )
+def read(recent: Sequence[Progress], recipe: Recipe) -> Reading:
+    """What these steps say."""
+    rate = len(recent) * recipe.data.tokens_per_step / sum(each.step_s for each in recent)
+    layers = zip(*(each.load for each in recent), strict=True)
+    load = [[sum(counts) for counts in zip(*layer, strict=True)] for layer in layers]
+    return Reading(
+        loss=sum(each.loss for each in recent) / len(recent),
+        tokens_per_s=rate,
+        flops_per_s=rate * flops_per_token(recipe),
+        load=load,
+        balance=[balance(layer) for layer in load],
+    )
 
 
 def balance(load: Sequence[int]) -> Balance:
     """Of a layer whose experts were chosen `load` times each, [E]."""
-    total = sum(load)
-    shares = [count / total for count in load if count]
+    total, experts = sum(load), len(load)
+    shares = [count / total for count in load]
+    entropy = -sum(share * math.log(share) for share in shares if share)
     return Balance(
-        max_over_mean=max(load) * len(load) / total,
-        effective_experts=math.exp(-sum(share * math.log(share) for share in shares)),
-        dead_experts=len(load) - len(shares),
+        max_over_mean=max(shares) * experts,
+        coefficient_of_variation=math.sqrt(sum((share * experts - 1) ** 2 for share in shares) / experts),
+        entropy=entropy,
+        effective_experts=math.exp(entropy),
+        dead_experts=shares.count(0),
     )
 
 
 def metrics(progress: Progress, reading: Reading) -> dict[str, Any]:
-    """One line of a run's metrics: the step, and beside it what the last steps say together."""
+    """One line of a run's metrics: the step, and what the last steps say together; the load where it was measured."""
     line = {name: value for name, value in asdict(progress).items() if name != "load" and value is not None}
-    smooth = {"recent_loss": reading.loss, "tokens_per_s": reading.tokens_per_s, "flops_per_s": reading.flops_per_s}
-    return line | smooth | {"balance": [asdict(layer) for layer in reading.balance]}
+    line |= {"recent_loss": reading.loss, "tokens_per_s": reading.tokens_per_s, "flops_per_s": reading.flops_per_s}
+    line |= {"balance": [asdict(layer) for layer in reading.balance]}
+    return line if progress.milestone is None else line | {"load": reading.load}
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

@@ -1,10 +1,10 @@
-"""One step of training and one measurement: a model and token windows in, a loss and the experts' load out.
+"""One step's gradient and one measurement: a model and token windows in, a loss and the experts' load out.
 
 Legend: B windows, S tokens a window teaches, L layers with experts, E experts, K chosen.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,14 +12,18 @@ from torch import Tensor
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.ops.cross_entropy import head_cross_entropy
+from yuanmoe.train.balance import balance_loss
+from yuanmoe.train.recipe import BalanceSettings
 
 
-class Step(NamedTuple):
-    """What one step tells. Losses are nats a token."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What the windows of one step said before they moved anything."""
 
-    loss: float
-    gradient_norm: float
-    """Before clipping."""
+    loss: Tensor
+    """Mean cross-entropy in nats a token, []."""
+    balance_loss: Tensor
+    """What the balance of experts added to it, []."""
     load: list[Tensor]
     """A layer with experts: how many choices of its tokens fell on each, [E]; together B * S * K."""
 
@@ -30,19 +34,33 @@ def forward_loss(model: YuanForCausalLM, windows: Tensor) -> tuple[Tensor, tuple
     return head_cross_entropy(hidden.flatten(0, 1), model.head_weight, windows[:, 1:].flatten()), routings
 
 
-def train_step(model: YuanForCausalLM, optimizer: torch.optim.Optimizer, windows: Tensor, gradient_clip: float) -> Step:
-    """Moves the parameters one step down the loss of `windows` [B, S + 1]."""
-    loss, routings = forward_loss(model, windows)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return Step(loss.item(), norm.item(), [expert_load(routing) for routing in routings])
+def learn(model: YuanForCausalLM, windows: Tensor, windows_at_once: int, balance: BalanceSettings) -> Learned:
+    """Adds the gradient of the mean loss of `windows` [B, S + 1] to the parameters, some windows at a time.
+
+    The losses that balance experts count the windows at once, as in the released training's micro-batches.
+    """
+    loss = extra = torch.zeros((), device=windows.device)
+    load: list[Tensor] = []
+    for part in windows.split(windows_at_once):
+        share = len(part) / len(windows)
+        part_loss, routings = forward_loss(model, part)
+        part_extra = balance_loss(routings, balance)
+        ((part_loss if part_extra is None else part_loss + part_extra) * share).backward()
+        loss = loss + part_loss.detach() * share
+        extra = extra if part_extra is None else extra + part_extra.detach() * share
+        counts = [expert_load(routing) for routing in routings]
+        load = [before + now for before, now in zip(load, counts, strict=True)] if load else counts
+    return Learned(loss=loss, balance_loss=extra, load=load)
 
 
 def expert_load(routing: Routing) -> Tensor:
     """How many of the tokens' choices fell on each expert, [E]."""
     return torch.bincount(routing.experts.flatten(), minlength=routing.logits.shape[1])
+
+
+def window_losses(model: YuanForCausalLM, windows: Tensor) -> list[float]:
+    """The loss of each of `windows` [B, S + 1] by itself, as the model is in use: without dropout."""
+    return [evaluate(model, window) for window in windows.split(1)]
 
 
 @torch.inference_mode()

@@ -1,0 +1,200 @@
+"""`yuanmoe train`: a recipe and a folder of tokens become a model, saved as it goes.
+
+Not here: the steps (`yuanmoe.train`), and what a run shows, writes and survives (`training.py`).
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from yuanmoe.cli.output import people, print_result
+from yuanmoe.errors import ResourceError, UsageError
+from yuanmoe.plan import cost
+from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.sizes import format_count, format_size
+from yuanmoe.train.recipe import Recipe
+from yuanmoe.train.recipes import RECIPES, named
+from yuanmoe.train.settings import differences, flat, override
+
+if TYPE_CHECKING:
+    from yuanmoe.checkpoint.store import Source
+
+CHECKPOINTS = "checkpoints"
+STATE_BYTES = {"float32": 16, "bfloat16": 18}
+"""A parameter's weight, gradient, two moments and, in bfloat16, float32 master and sum of gradients."""
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of packed tokens: train, heldout, tokenizer.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Checkpoint of any format to start from.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: optimizer.learning_rate=3e-4.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Longer windows, with the RoPE base for them.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although the recipe or the data changed.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe and stop.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")] = 0,
+) -> None:
+    """Train RECIPE on DATA. Ctrl-C and SIGTERM save first; --resume goes on as if nothing had happened."""
+    console = people()
+    weights = _open(init)
+    resolved = _resolve(named(recipe), weights, context, settings or [])
+    _print_recipe(console, recipe, resolved)
+    if show:
+        print_result({"command": "train", "recipe": resolved.to_dict()})
+        return
+    if data is None:
+        raise UsageError("there is nothing to train on: name a folder of packed tokens with --data")
+    place = _Place(out or Path("runs") / recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
+    found = _train(place, resolved, weights, data, device, threads or os.cpu_count() or 1, console)
+    print_result({"command": "train", "recipe": recipe, "out": str(place.folder)} | found)
+    if found["signal"]:
+        console.print(f"stopped by a signal and saved; the same command with --resume goes on: {found['checkpoint']}")
+        raise typer.Exit(128 + found["signal"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The folder of a run, and how it is entered."""
+
+    folder: Path
+    resume: bool
+    overwrite: bool
+    accept_changes: bool
+
+
+def _open(init: Path | None) -> "Source | None":
+    if init is None:
+        return None
+    from yuanmoe.checkpoint.store import open_checkpoint
+
+    return open_checkpoint(init)
+
+
+def _resolve(recipe: Recipe, weights: "Source | None", context: int | None, settings: list[str]) -> Recipe:
+    """The recipe as it will run: on the sizes of given weights, for longer windows, with single settings last."""
+    if weights is not None:
+        from yuanmoe.train.start import on_weights
+
+        recipe = on_weights(recipe, weights.config)
+    if context is not None:
+        recipe = recipe.extend_context(context)
+    return override(recipe, settings)
+
+
+def _train(
+    place: _Place,
+    recipe: Recipe,
+    weights: "Source | None",
+    data: Path,
+    device: str | None,
+    threads: int,
+    console: Console,
+) -> dict[str, Any]:
+    # Torch takes seconds to import; a wrong call has been refused by now.
+    import torch
+
+    from yuanmoe.checkpoint.native_config import Origin
+    from yuanmoe.cli.training import Job, run_training
+    from yuanmoe.train.checkpoint import newest
+    from yuanmoe.train.data import open_data
+    from yuanmoe.train.start import loaded_model, new_model
+
+    torch.set_num_threads(threads)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    opened = open_data(data, recipe)
+    checkpoint = _checkpoint(place, recipe, opened.identity, console)
+    _check_memory(recipe, device)
+    origin = Origin()
+    with console.status("making the model"):
+        source = _open(checkpoint) or weights
+        if source is None:
+            model = new_model(recipe, device)
+        else:
+            model, origin = loaded_model(recipe, source, device), source.origin
+    job = Job(
+        model=model,
+        recipe=recipe,
+        data=opened,
+        folder=place.folder,
+        console=console,
+        origin=origin,
+        resumed_from=checkpoint,
+    )
+    found = run_training(job)
+    return found | {"checkpoint": str(newest(place.folder / CHECKPOINTS)), "report": str(place.folder / "report.html")}
+
+
+def _checkpoint(place: _Place, recipe: Recipe, identity: dict[str, Any], console: Console) -> Path | None:
+    """Where to go on from; None for a new run, whose folder is then free.
+
+    Raises UsageError where a run is in the way, or is to go on with something else than it began with.
+    """
+    from yuanmoe.train.checkpoint import newest, read_facts, steps
+
+    checkpoints = place.folder / CHECKPOINTS
+    if place.resume:
+        found = newest(checkpoints)
+        facts = read_facts(found)
+        before, now = facts["recipe"] | {"text": facts["data"]}, recipe.to_dict() | {"text": identity}
+        changed = differences(flat(before), flat(now))
+        _check_changes(place, changed, console)
+        console.print(f"going on from {found}", soft_wrap=True)
+        return found
+    if checkpoints.is_dir() and steps(checkpoints):
+        if not place.overwrite:
+            raise UsageError(
+                f"{place.folder} holds a run of {steps(checkpoints)[-1]} steps: --resume goes on with it, --overwrite "
+                "starts over, --out names another folder"
+            )
+        shutil.rmtree(place.folder)
+    return None
+
+
+def _check_changes(place: _Place, changed: dict[str, tuple[Any, Any]], console: Console) -> None:
+    said = "; ".join(f"{name} was {before}, is {after}" for name, (before, after) in changed.items())
+    if changed and not place.accept_changes:
+        raise UsageError(
+            f"the run in {place.folder} began with other settings: {said}. Repeat its settings, or go on with these: "
+            "--accept-changes"
+        )
+    if changed:
+        console.print(f"changed: {said}", soft_wrap=True, markup=False)
+
+
+def _check_memory(recipe: Recipe, device: str) -> None:
+    """Raises ResourceError where not even the parameters and what belongs to them fit."""
+    parameters = sum(cost.parameters(recipe.model).values())
+    needed = parameters * STATE_BYTES[recipe.run.dtype]
+    free = read_machine().available_bytes
+    if device == "cpu" and free is not None and needed > free:
+        raise ResourceError(
+            f"training {format_count(parameters)} parameters in {recipe.run.dtype} needs {format_size(needed)} for "
+            f"weights, gradients and moments, {format_size(free)} of RAM are free; take a smaller recipe or a larger "
+            "machine"
+        )
+
+
+def _print_recipe(console: Console, name: str, recipe: Recipe) -> None:
+    """Every setting, those that differ from the recipe of that name in bold."""
+    before = flat(named(name).to_dict())
+    total = sum(cost.parameters(recipe.model).values())
+    active = sum(cost.active_parameters(recipe.model).values())
+    console.print(f"[bold]{name}[/]: {format_count(total)} parameters, {format_count(active)} for a token")
+    for key, value in flat(recipe.to_dict()).items():
+        text = f"  {key} = {value!r}" if isinstance(value, str | list) else f"  {key} = {value}"
+        style = "bold" if value != before[key] else "dim"
+        console.print(text, style=style, markup=False, soft_wrap=True)
+    console.print()

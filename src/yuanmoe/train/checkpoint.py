@@ -1,0 +1,194 @@
+"""What a run goes on from: a native checkpoint that any command loads, with the state of the training beside it.
+
+`checkpoints/step-N/` holds config.json, model.safetensors and the tokenizer as every native directory, and
+
+| file | holds |
+|---|---|
+| training.safetensors | float32 masters of bfloat16 weights, AdamW's moments, sums of router biases |
+| training.json | step, time, schedule, the last steps, held-out losses, the recipe and what names the data |
+
+A save copies everything to memory and returns; a thread writes it beside, flushes it and renames it, and the next save
+waits for it. Generators and the loader have no state: what is random in a step follows from its number (`loop.py`).
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from yuanmoe.checkpoint.json_file import read_json
+from yuanmoe.checkpoint.lazy import TensorView, main_dtype
+from yuanmoe.checkpoint.mapping import layout
+from yuanmoe.checkpoint.native_config import Origin, native_config
+from yuanmoe.checkpoint.safetensors_file import open_safetensors
+from yuanmoe.checkpoint.save import COMPANIONS
+from yuanmoe.checkpoint.writer import Contents, silent, write_checkpoint
+from yuanmoe.errors import CheckpointError, YuanError
+from yuanmoe.model.decoder import YuanForCausalLM
+
+TENSORS, FACTS = "training.safetensors", "training.json"
+PREFIX = "step-"
+_DROPPED = ".dropped"
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A run between two steps, copied to memory."""
+
+    step: int
+    config: dict[str, Any]
+    """Of the model, as config.json."""
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def snapshot(
+    model: YuanForCausalLM, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], origin: Origin
+) -> Snapshot:
+    """Copies the weights of `model` and `tensors`, so that training may go on; `facts` are JSON values with a step."""
+    state = model.state_dict()
+    weights = {name: _copied(state[name]) for name in layout(model.config).native}
+    views = {name: TensorView.of(tensor) for name, tensor in weights.items()}
+    return Snapshot(
+        step=facts["step"],
+        config=native_config(model.config, main_dtype(views), origin),
+        weights=weights,
+        tensors={name: _copied(tensor) for name, tensor in tensors.items()},
+        facts=json.loads(json.dumps(facts, allow_nan=False)),
+    )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def write(taken: Snapshot, dst: Path, companions: Path | None) -> None:
+    """Writes a snapshot as `dst`, with the tokenizer in the folder `companions`: whole or not at all.
+
+    Raises ResourceError when the disk is full and CheckpointError when it fails otherwise.
+    """
+    copies = [companions / name for name in COMPANIONS if (companions / name).is_file()] if companions else []
+    contents = Contents(
+        tensors={name: TensorView.of(tensor) for name, tensor in taken.weights.items()},
+        config=taken.config,
+        copies=copies,
+        extras=lambda _: {FACTS: taken.facts},
+        beside={TENSORS: {name: TensorView.of(tensor) for name, tensor in taken.tensors.items()}},
+    )
+    write_checkpoint(dst, contents, say=silent)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint that training wrote. Raises CheckpointError for another one."""
+    if not (path / FACTS).is_file():
+        raise CheckpointError(f"{path} has no {FACTS}: no training run wrote it. To start from its weights: --init")
+    return read_json(path / FACTS)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that training wrote, in memory."""
+    stored = open_safetensors(path / TENSORS).tensors
+    return {name: tensor.read().clone() for name, tensor in stored.items()}
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep_last`, and the one with the lowest held-out loss.
+
+    A context manager, which waits at its end for what is being written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        companions: Path | None = None,
+        say: Callable[[str], None] = _LOG.warning,
+    ) -> None:
+        """Clears away what a killed run left half written or half removed. `say` hears of saves that failed."""
+        self._folder, self._keep_last, self._companions, self._say = folder, keep_last, companions, say
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        for rest in (*folder.glob(f"{PREFIX}*.partial"), *folder.glob(f"{PREFIX}*{_DROPPED}")):
+            shutil.rmtree(rest)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+
+    def save(self, taken: Snapshot) -> None:
+        """Begins to write a snapshot once the one before it is written; a failure is said, and training may go on."""
+        self._settle()
+        self._writing = self._thread.submit(self._write, taken)
+
+    def finish(self) -> Path:
+        """Waits for the last save; its place. Raises what it raised."""
+        assert self._writing is not None, "something was saved"
+        self._writing.result()
+        return newest(self._folder)
+
+    def _settle(self) -> None:
+        """Waits for the save under way."""
+        if self._writing is None:
+            return
+        try:
+            self._writing.result()
+        except YuanError as error:
+            kept = steps(self._folder)
+            last = f"the last good one is {PREFIX}{kept[-1]}" if kept else "there is none yet"
+            self._say(f"a checkpoint was not written: {error}; {last}. Training goes on and tries again at the next")
+
+    def _write(self, taken: Snapshot) -> None:
+        place = self._folder / f"{PREFIX}{taken.step}"
+        if place.exists():
+            return
+        try:
+            write(taken, place, self._companions)
+        except YuanError:
+            # What is half written could not be gone on with, and takes room.
+            shutil.rmtree(place.with_name(place.name + ".partial"), ignore_errors=True)
+            raise
+        for step in surplus({step: read_facts(self._place(step)) for step in steps(self._folder)}, self._keep_last):
+            dropped = self._place(step).with_name(f"{PREFIX}{step}{_DROPPED}")
+            self._place(step).rename(dropped)
+            shutil.rmtree(dropped)
+
+    def _place(self, step: int) -> Path:
+        return self._folder / f"{PREFIX}{step}"
+
+
+def surplus(facts: Mapping[int, Mapping[str, Any]], keep_last: int) -> list[int]:
+    """The steps whose checkpoints can go, given what each says."""
+    newest_steps = sorted(facts)[-keep_last:]
+    measured = {step: fact["heldout_loss"] for step, fact in facts.items() if fact.get("heldout_loss") is not None}
+    best = min(measured, key=lambda step: measured[step]) if measured else None
+    return [step for step in sorted(facts) if step not in newest_steps and step != best]
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints in a run's folder, ascending."""
+    names = [path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def newest(folder: Path) -> Path:
+    """The last checkpoint of a run. Raises CheckpointError where there is none."""
+    found = steps(folder)
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint to go on from; start the run without --resume")
+    return folder / f"{PREFIX}{found[-1]}"

@@ -1,0 +1,65 @@
+"""Small training runs for tests: a text that can be learned, a recipe for it, and the same as a folder of tokens."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from small_tokenizers import TEXTS, bpe
+from yuanmoe.config import preset
+from yuanmoe.data.loader import ShuffledWindows, consecutive_windows
+from yuanmoe.data.shards import write_shard
+from yuanmoe.train.loop import Training
+from yuanmoe.train.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
+from yuanmoe.train.start import new_model
+
+LENGTH, BATCH = 16, 8
+
+
+def text():
+    """Counting up by steps of 1 to 3 that change now and then: learnable from the last two tokens."""
+    rng = np.random.default_rng(0)
+    return (3 + np.cumsum(np.repeat(rng.integers(1, 4, size=400), 10)) % 61).astype(np.uint16)
+
+
+def recipe(**changes) -> Recipe:
+    """Twelve steps of a tiny model; `changes` are fields of any section."""
+    fields = {
+        "sequence_length": LENGTH,
+        "batch_size": BATCH,
+        "learning_rate": 5e-3,
+        "embedding_std": 1.0,
+        "embedding_rate": 4.0,
+        "max_tokens": 12 * LENGTH * BATCH,
+        "milestones": 3,
+        **changes,
+    }
+    model = fields.pop("model", preset("tiny", vocab_size=64, tie_word_embeddings=fields.pop("tied", False)))
+    sections = {"data": DataSettings, "optimizer": OptimizerSettings, "schedule": ScheduleSettings, "run": RunSettings}
+    made = {
+        name: kind(**{f.name: fields.pop(f.name) for f in dataclasses.fields(kind) if f.name in fields})
+        for name, kind in sections.items()
+    }
+    return Recipe(model=model, **made, **fields)
+
+
+def batches(made: Recipe):
+    """The batch of a step by its number."""
+    size = made.data.batch_size
+    return ShuffledWindows(text(), length=LENGTH, batch_size=size, seed=made.run.seed).batch
+
+
+def heldout():
+    return consecutive_windows(text()[-200:], length=LENGTH)
+
+
+def training(made: Recipe) -> Training:
+    return Training(new_model(made), made, batches(made), heldout())
+
+
+def write_tokens(folder: Path) -> Path:
+    """Tokens of the texts that the small tokenizer was trained on, with the tokenizer beside them."""
+    write_shard(folder / "train", TEXTS * 12, bpe())
+    write_shard(folder / "heldout", TEXTS[:2], bpe())
+    bpe().save(folder)
+    return folder
