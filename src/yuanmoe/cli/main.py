@@ -1,7 +1,8 @@
 """The `yuanmoe` program: a table of commands, each imported only when it is called, and what happens to errors.
 
-Every command is a function of the same name in its file of this folder, annotated for typer; `--help` imports none of
-them (torch takes seconds). Exit codes: 0 done, 1 an error of ours, 2 a wrong call, 130 Ctrl-C, 141 the reader left.
+Every command is a function of the same name in its file of this folder, annotated for typer, or a family of such;
+`--help` imports none of them (torch takes seconds). Exit codes: 0 done, 1 an error of ours, 2 a wrong call,
+130 Ctrl-C, 141 the reader left.
 """
 
 import os
@@ -26,6 +27,7 @@ COMMANDS = {
     "serve": ("serve", "An OpenAI endpoint and a page, for many at once."),
     "api-key": ("serve", "Make a key for the server."),
     "inspect": ("inspect", "Look into a model: what it does with a text."),
+    "data": ("data", "Turn text into tokens to train on, and look into them."),
     "bench": ("bench", "Measure speed side by side with transformers."),
     "demo": ("demo", "Train a small model here and let it complete code."),
 }
@@ -56,9 +58,12 @@ class LazyGroup(TyperGroup):
 def load_command(name: str) -> Any:
     """The command behind a name of the table, with its file imported."""
     file, help_line = COMMANDS[name]
+    command = getattr(import_module(f"yuanmoe.cli.{file}"), name.replace("-", "_"))
+    if isinstance(command, typer.Typer):  # a family with commands of its own
+        return typer.main.get_command(command)
     # Plain help: rich's takes a third of the time in which the answer should be there.
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command(name, short_help=help_line)(getattr(import_module(f"yuanmoe.cli.{file}"), name.replace("-", "_")))
+    single.command(name, short_help=help_line)(command)
     return typer.main.get_command(single)
 
 

@@ -6,6 +6,7 @@ Text of strangers cannot type special tokens; only the official form has one, `<
 This is what runs in every worker process. Not here: files (`records.py`), what is written (`output.py`).
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -22,8 +23,10 @@ from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.errors import DataError, UsageError
 
 Format = Literal["text", "chat", "official", "official-sft"]
+Half = Literal["train", "heldout"]
 LossRule = Literal["answers", "official"]
 
+PARTS: tuple[Half, ...] = ("train", "heldout")
 BINARY_PROBE_BYTES = 8192
 
 
@@ -42,6 +45,11 @@ class FormatOptions:
     """Between the turns of a conversation."""
     skip_bad: bool = False
     """Leave out records that cannot be read, and count them, instead of stopping."""
+
+    heldout_share: float = 0.0
+    """Of records, chosen by their content, so that equal ones stay together: to measure with, not to learn."""
+    part: Half = "train"
+    """Which of the two is read."""
 
     @property
     def one_document_a_line(self) -> bool:
@@ -127,7 +135,13 @@ class Encoder:
                 f"{part.name}, record {number}: {error}. Mend it, or leave such records out (--skip-bad)"
             ) from None
 
+    def _is_heldout(self, record: bytes) -> bool:
+        chance = int.from_bytes(hashlib.blake2b(record.strip(), digest_size=8).digest())
+        return chance < self.options.heldout_share * 2**64
+
     def _document(self, part: Part, record: bytes) -> _Document | str:
+        if self.options.heldout_share and self._is_heldout(record) != (self.options.part == "heldout"):
+            return "of the other part"
         if not part.json and b"\0" in record[:BINARY_PROBE_BYTES]:
             return "binary"
         try:

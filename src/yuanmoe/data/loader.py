@@ -187,12 +187,10 @@ class Loader:
         self.samples = int(state["samples"])
 
     def _reads(self) -> dict[str, Any]:
-        sources = [
-            (source.documents.name, source.documents.fingerprint[:16], source.weight) for source in self._sources
-        ]
         options = asdict(self._options)
         del options["batch_size"], options["vocab_size"]
-        return options | {"sources": [list(source) for source in sources]}
+        sources = [(source.documents, source.weight) for source in self._sources]
+        return options | {"sources": [[tokens.name, tokens.fingerprint[:16], weight] for tokens, weight in sources]}
 
     def _at(self, first: int) -> Batch:
         """This rank's windows of the batch that begins with sample `first`."""

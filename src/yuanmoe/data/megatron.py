@@ -45,6 +45,7 @@ class MegatronTokens:
         self._dtype = DTYPES[code]
         self._check_places()
         self.num_tokens = int(self._sizes.sum(dtype=np.int64))
+        self.num_bytes = self._index.stat().st_size + self._data.stat().st_size
         self._ids = np.memmap(self._data, self._dtype, "r") if self._data.stat().st_size else np.empty(0, self._dtype)
 
     @property
@@ -74,20 +75,20 @@ class MegatronTokens:
             header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(MAGIC):
             raise DataError(
-                f"{self._index} has {size} bytes and begins with {header[:9]!r}, a Megatron index with {MAGIC!r}; it is "
-                "cut short or something else: fetch it again"
+                f"{self._index} has {size} bytes and begins with {header[:9]!r}, a Megatron index with {MAGIC!r}; "
+                "it is cut short or something else: fetch it again"
             )
         _, version, code, sequences, entries = _HEADER.unpack(header)
         if version != 1 or code not in DTYPES:
             raise DataError(
-                f"{self._index} is of version {version} with ids of type {code}; version 1 with types "
-                f"{' and '.join(f'{each} ({DTYPES[each].name})' for each in DTYPES)} can be read, preprocess the text again"
+                f"{self._index} is of version {version} with ids of type {code}; readable are version 1 and the types "
+                f"{' and '.join(f'{each} ({DTYPES[each].name})' for each in DTYPES)}: preprocess the text again"
             )
         wanted = _HEADER.size + 12 * sequences + 8 * entries
         if size != wanted or not sequences:
             raise DataError(
-                f"{self._index} has {size} bytes where {sequences} sequences and {entries} documents take {wanted}; it is "
-                "damaged or empty: fetch it again"
+                f"{self._index} has {size} bytes where {sequences} sequences and {entries} documents take {wanted}; "
+                "it is damaged or empty: fetch it again"
             )
         return sequences, code
 
@@ -103,9 +104,9 @@ class MegatronTokens:
             if wrong.any():
                 place = int(wrong.argmax())
                 raise DataError(
-                    f"{self._data} has {size} bytes; sequence {start + place} of {self._index.name} wants {sizes[place]} "
-                    f"tokens of {self._dtype.itemsize} bytes at byte {pointers[place]}: one of the two is damaged or cut "
-                    "short, fetch both again"
+                    f"{self._data} has {size} bytes; sequence {start + place} of {self._index.name} wants "
+                    f"{sizes[place]} tokens of {self._dtype.itemsize} bytes at byte {pointers[place]}: one of the two "
+                    "is damaged or cut short, fetch both again"
                 )
 
 
@@ -141,7 +142,7 @@ def write_megatron(
             ids = documents.read(document, 0, length)
             check_ids(ids, vocab_size, f"document {document} of {documents.name}")
             file.write(ids.astype(DTYPES[code]).tobytes())
-            progress(document + 1, documents.num_documents)
+            progress(file.tell(), documents.num_tokens * DTYPES[code].itemsize)
     pointers = (np.cumsum(lengths) - lengths) * DTYPES[code].itemsize
     with beside[0].open("wb") as file:
         file.write(_HEADER.pack(MAGIC, 1, code, len(lengths), 1))

@@ -60,6 +60,7 @@ class Output:
         if self.resumed:
             _cut_back(folder, self.journal)
         else:
+            folder.mkdir(exist_ok=True)
             _clear(folder)
             tokenizer.save(folder)
         self._ends = (folder / ENDS).open("ab")
@@ -99,8 +100,8 @@ class Output:
         if self._shard and self._shard.num_tokens >= self._shard_tokens:
             self._finish_shard()
 
-    def finish(self, settings: dict[str, Any], skipped: Counter[str]) -> Manifest:
-        """End the last shard and describe everything. Raises DataError where there is not one document."""
+    def finish(self, settings: dict[str, Any], skipped: Counter[str]) -> None:
+        """End the last shard and describe everything; the journal stays. DataError where there is not one document."""
         journal = self.journal
         left_out = skipped + Counter(journal.skipped)
         if not journal.num_documents:
@@ -128,8 +129,6 @@ class Output:
             files={name: entry for name, entry in journal.files.items() if "sha256" in entry} | grown,
         )
         manifest.write(self._folder)
-        (self._folder / JOURNAL).unlink()
-        return manifest
 
     def _check_ids(self, encoded: Encoded) -> None:
         largest = int(encoded.ids.max())

@@ -11,19 +11,20 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 from yuanmoe.checkpoint.folder import Kind, new_folder
 from yuanmoe.data.chunks import Chunk, Place, chunks
-from yuanmoe.data.formats import Encoded, Encoder, FormatOptions, Part
+from yuanmoe.data.formats import PARTS, Encoded, Encoder, FormatOptions, Part
 from yuanmoe.data.inputs import Inputs, SourceFile, find_inputs
 from yuanmoe.data.manifest import ENDS
-from yuanmoe.data.output import Output
-from yuanmoe.data.packed import PackedTokens, silent
+from yuanmoe.data.output import JOURNAL, Output
+from yuanmoe.data.packed import PackedTokens
 from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
+from yuanmoe.data.verify import silent
 from yuanmoe.data.workers import map_ordered
 from yuanmoe.errors import DataError
 
@@ -57,42 +58,56 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = silent,
     say: Callable[[str], None] = log.warning,
-) -> PackedTokens:
+) -> list[PackedTokens]:
     """Tokenize the documents of files and folders into the dataset `dst`, beside it first.
 
-    `progress` hears bytes of the sources done and in all. Raises DataError and ResourceError, after which the same call
-    goes on where it was.
+    Where documents are held out, `dst` holds two datasets, `train` and `heldout`. `progress` hears bytes of the sources
+    done and in all, of each dataset. After a DataError or ResourceError the same call goes on where it was.
     """
-    options = options or PackOptions()
-    read = options.read
+    options, dst = options or PackOptions(), Path(dst)
     inputs = find_inputs(
         paths,
         suffixes=options.suffixes,
         max_document_bytes=options.max_document_bytes,
-        lines=read.one_document_a_line,
+        lines=options.read.one_document_a_line,
     )
-    _check_apart(inputs, Path(dst))
-    fingerprint = _fingerprint(inputs, options, tokenizer)
-    with (
-        new_folder(Path(dst).absolute(), overwrite=overwrite, kind=DATASET) as folder,
-        _output(folder, fingerprint, tokenizer, options) as output,
-    ):
+    _check_apart(inputs, dst)
+    parts = {part: replace(options, read=replace(options.read, part=part)) for part in PARTS}
+    parts = parts if options.read.heldout_share else {"": options}
+    kind = replace(DATASET, proof=(Path(next(iter(parts))) / ENDS).as_posix())
+    with new_folder(dst.absolute(), overwrite=overwrite, kind=kind) as folder:
+        for part, choices in parts.items():
+            _write(folder / part, inputs, tokenizer, choices, workers, progress, say)
+        for part in parts:
+            (folder / part / JOURNAL).unlink()
+    return [PackedTokens(dst / part) for part in parts]
+
+
+def _write(
+    folder: Path,
+    inputs: Inputs,
+    tokenizer: Tokenizer,
+    options: PackOptions,
+    workers: int,
+    progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+) -> None:
+    with _output(folder, _fingerprint(inputs, options, tokenizer), tokenizer, options) as output:
         if output.resumed:
             say(f"going on in {folder}: {output.journal.num_tokens:,} tokens are there")
         pieces = chunks(
             inputs.files,
-            read,
+            options.read,
             chunk_bytes=options.chunk_bytes,
             max_document_bytes=options.max_document_bytes,
             start=output.place,
         )
-        make = partial(_make_encoder, folder / tokenizer.file_name, read)
+        make = partial(_make_encoder, folder / tokenizer.file_name, options.read)
         with closing(map_ordered(make, pieces, workers=workers)) as done:
             for chunk, encoded in done:
                 output.append(chunk, encoded)
                 progress(chunk.read_bytes, inputs.size)
         output.finish(asdict(options), inputs.skipped)
-    return PackedTokens(dst)
 
 
 def pack_texts(texts: Iterable[str], dst: str | Path, tokenizer: Tokenizer, *, overwrite: bool = False) -> PackedTokens:
@@ -111,6 +126,7 @@ def pack_texts(texts: Iterable[str], dst: str | Path, tokenizer: Tokenizer, *, o
             part = Part(name="document", first=number, json=True, records=[record])
             output.append(Chunk(after=Place(0, number)), encoder([part]))
         output.finish(asdict(options), Counter())
+        (folder / JOURNAL).unlink()
     return PackedTokens(dst)
 
 

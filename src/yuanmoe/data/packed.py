@@ -4,7 +4,6 @@ The files are listed in `manifest.py`. Nothing is read before it is touched. A w
 `len(tokens)`, `tokens[start:stop]`. Not here: other formats (`megatron.py`), the order in which to learn (`loader.py`).
 """
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,12 +15,6 @@ import numpy.typing as npt
 from yuanmoe.data.manifest import ENDS, MANIFEST, Manifest, mask_name, shard_name
 from yuanmoe.data.permutation import Integers
 from yuanmoe.errors import DataError
-
-BLOCK_BYTES = 1 << 20
-
-
-def silent(done: int, total: int) -> None:
-    """Hears how far something is, and does nothing."""
 
 
 class PackedTokens:
@@ -109,22 +102,3 @@ class PackedTokens:
                 f"{self.path / MANIFEST} speaks of {self.num_tokens} tokens in {self.num_documents} documents, the "
                 f"files hold {tokens} in {wanted[ENDS]['bytes'] // 8}; pack the tokens again"
             )
-
-
-def verify(tokens: PackedTokens, progress: Callable[[int, int], None] = silent) -> int:
-    """Compare every file with its checksum; the bytes that were read. Raises DataError naming the damaged file."""
-    files = tokens.manifest.files
-    done, total = 0, sum(entry["bytes"] for entry in files.values())
-    for name, entry in files.items():
-        digest = hashlib.sha256()
-        with (tokens.path / name).open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-                done += len(block)
-                progress(done, total)
-        if digest.hexdigest() != entry["sha256"]:
-            raise DataError(
-                f"{tokens.path / name} is damaged: its sha256 is {digest.hexdigest()[:12]}.., {entry['sha256'][:12]}.. "
-                "was written; fetch it again, or pack the tokens again"
-            )
-    return done
