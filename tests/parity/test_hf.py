@@ -47,6 +47,16 @@ def relative(ours, theirs) -> float:
     return ((ours - theirs).abs().max() / theirs.std()).item()
 
 
+def clear_tokens(model, ids) -> torch.Tensor:
+    """The tokens before which no route is closer than rounding: there another order of sums chooses other experts."""
+    routers = model(ids, output_router_logits=True).router_logits
+    unclear = torch.zeros(ids.shape, dtype=torch.bool)
+    for logits in routers:
+        ranked = logits.view(*ids.shape, -1).sort(dim=-1, descending=True).values
+        unclear |= ranked[..., 1] - ranked[..., 2] < 1e-6
+    return unclear.cummax(dim=1).values.logical_not().roll(1, dims=1).index_fill(1, torch.tensor([0]), True)
+
+
 # --- the released arithmetic ------------------------------------------------------------------------------------------
 
 
@@ -68,7 +78,9 @@ def test_golden_checkpoints_open_compute_generate_and_are_saved_as_they_were(sha
         assert out.router_logits == ()
     prompt = expected["greedy"][:, :7]
     said = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, eos_token_id=None)
-    assert torch.equal(said, expected["greedy"])
+    clear = clear_tokens(model, expected["greedy"])
+    assert clear.float().mean() > 0.5, "too few clear routes to compare"
+    assert torch.equal(said[clear], expected["greedy"][clear])
     model.save_pretrained(tmp_path)
     assert_same_tensors(load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors"))
     before, after = (json.loads((place / "config.json").read_text()) for place in (folder, tmp_path))

@@ -106,7 +106,7 @@ def test_page_tables_that_do_not_fit_are_refused():
     table = torch.tensor([[3, 1]], dtype=torch.int32)
     assert attention(table).isfinite().all()
     for bad in (torch.tensor([[3, 4]], dtype=torch.int32), torch.tensor([[-1, 1]], dtype=torch.int32)):
-        with pytest.raises(UsageError, match=r"a page is outside 0\.\.3"):
+        with pytest.raises(UsageError, match=r"a page or slot is outside 0\.\.3 x 0\.\.31"):
             attention(bad)
     with pytest.raises(UsageError, match=r"a page table \[1, 2\] of torch.int64 on cpu; it must be"):
         attention(table.long())

@@ -28,6 +28,9 @@ class Slots:
 
     def write(self, rows: Int[Tensor, " N"], positions: Int[Tensor, " N"], x: Float[Tensor, "N H C"]) -> None:
         """Puts `x` into slot `positions[n]` of sequence `rows[n]`."""
+        if kernels := native.storing(x, self.values):
+            kernels.store(x, self.values, self.scales, rows, positions)
+            return
         if self.scales is None:
             self.values[rows, :, positions] = x.to(self.values.dtype)
             return

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
+from yuanmoe.ops import native
 from yuanmoe.ops.linear import linear
 from yuanmoe.ops.relations import relate
 
@@ -30,6 +31,8 @@ def choose(
     With a `bias` the experts with the largest share plus bias are chosen (arXiv 2408.15664 equation 3: the bias steers
     who works, and no gradient sees it); their weights stay those of the logits.
     """
+    if bias is None and (kernels := native.single(logits)):
+        return Routing(*kernels.choose(logits, num_experts_per_tok), logits)
     ranks = logits if bias is None else logits.detach().softmax(dim=-1) + bias
     order = ranks.argsort(dim=-1, descending=True, stable=True)
     experts = order[:, :num_experts_per_tok]
@@ -38,6 +41,8 @@ def choose(
 
 def attention_scores(projected: Float[Tensor, "N EEE"]) -> Float32[Tensor, "N E"]:
     """P_i = sum_j softmax_j(q_i k_j) v_j for `projected` = [q; k; v], each of width E, in any dtype."""
+    if projected.shape[1] <= 3 * native.MAX_EXPERTS and (kernels := native.single(projected)):
+        return kernels.relate(projected)
     q, k, v = projected.float().chunk(3, dim=-1)
     return relate(q, k, v)
 

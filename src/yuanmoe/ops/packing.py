@@ -55,13 +55,18 @@ class PackedFormat:
     def tensor(self, codes: Tensor, scales: Tensor) -> PackedTensor:
         """These codes and scales as weights, not copied. Raises UsageError where they have other shapes."""
         return PackedTensor(
-            codes=codes.view(self.codes_shape),
-            scales=scales.view(self.scales_shape),
+            codes=_shaped(codes, self.codes_shape),
+            scales=_shaped(scales, self.scales_shape),
             bits=self.bits,
             group_size=self.group_size,
             out_features=self.rows,
             in_features=self.columns,
         )
+
+
+def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    # The very tensor where it fits, so that what was made of it can be told from what was made of another.
+    return tensor if tensor.shape == shape else tensor.view(shape)
 
 
 def take_rows(weight: PackedTensor, rows: Int[Tensor, " N"]) -> Float[Tensor, "N I"]:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from yuanmoe.config import RopeAngles
+from yuanmoe.ops import native
 
 
 def rotary_tables(
@@ -29,6 +30,8 @@ def rotate(
     x: Float[Tensor, "N H C"], tables: tuple[Float32[Tensor, "N half"], Float32[Tensor, "N half"]]
 ) -> Float[Tensor, "N H C"]:
     """`x` [N, H, C] with channels i and i + R/2 of its first R rotated by the token's angles; computed in float32."""
+    if kernels := native.single(x):
+        return kernels.rotate(x, *tables)
     cos, sin = (table[:, None, :] for table in tables)
     half = cos.shape[-1]
     first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]

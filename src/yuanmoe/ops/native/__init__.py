@@ -32,6 +32,7 @@ from yuanmoe.ops.native.shapes import (
 from yuanmoe.ops.quant import PackedTensor
 
 __all__ = [
+    "MAX_EXPERTS",
     "PAGE_SLOTS",
     "attention",
     "available",
@@ -42,11 +43,15 @@ __all__ = [
     "quantized_moe",
     "read_bandwidth",
     "reason",
+    "single",
+    "storing",
     "suits_attention",
     "suits_bf16",
     "variant",
 ]
 
+MAX_EXPERTS = 256
+"""Whose relations the router's kernel holds on its stack (`kMaxExperts` in csrc/layout.h)."""
 BF16_UP_TO_TOKENS = 4
 """Beyond, torch's matrix product is faster than a pass over the weights for each token."""
 CACHED_BYTES = 1 << 19
@@ -167,6 +172,29 @@ def attention(
     found = chosen()
     assert found is not None, "suits_attention asks for the library"
     return found.attention(q.contiguous(), keys, values, scales, past, new, pages)
+
+
+def single(*tensors: Tensor) -> Kernels | None:
+    """The kernels for what is done to single tokens (`rms_norm`, `rotate`, `relate`, `choose`), if they take these.
+
+    They take one of float32 and bfloat16 on the CPU, contiguous, without a gradient; they check nothing themselves. In
+    float32 throughout, rounded once; a token's result does not depend on what is computed with it.
+    """
+    dtype, gradient = tensors[0].dtype, torch.is_grad_enabled()
+    if dtype not in DTYPES:
+        return None
+    for tensor in tensors:
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        if gradient and tensor.requires_grad:
+            return None
+    return chosen()
+
+
+def storing(x: Tensor, slots: Tensor) -> Kernels | None:
+    """The same for putting `x` into `slots` (`store`), which may be int8 too."""
+    suits = slots.dtype in STORED and slots.device.type == "cpu" and slots.is_contiguous()
+    return single(x) if suits else None
 
 
 def read_bandwidth(size_bytes: int = 1 << 29, runs: int = 5) -> list[float]:

@@ -1,8 +1,7 @@
 """The compiled kernels behind `yuanmoe.ops.native`: the C interface of `csrc/api.cpp`, called through ctypes.
 
 ctypes because the library then knows neither Python nor torch: one build serves every version of both, and tensors
-cross as pointers. Threads come from the OpenMP runtime that torch itself has loaded, so there is one pool and
-`torch.set_num_threads` counts; where torch has none, from a pool of the library.
+cross as pointers. As many threads work as `torch.set_num_threads` says (`csrc/threads.cpp`).
 Not here: checks of what users pass, and the choice between kernels and torch (`__init__.py`).
 Legend: N tokens, O outputs, I inputs, E experts, F expert width, D hidden, K chosen, B sequences, P slots of a page,
 M pages of a sequence, H heads, C head channels.
@@ -10,7 +9,7 @@ M pages of a sequence, H heads, C head channels.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Final
 
@@ -69,6 +68,22 @@ class _KeyValues(ctypes.Structure):
     )
 
 
+class _Slots(ctypes.Structure):
+    _fields_ = (
+        ("values", c_void_p),
+        ("scales", c_void_p),
+        ("stored", c_int32),
+        ("pages", c_int64),
+        ("heads", c_int64),
+        ("slots", c_int64),
+        ("channels", c_int64),
+    )
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (("tokens", c_int64), ("heads", c_int64), ("channels", c_int64), ("half", c_int64))
+
+
 def _stack(weight: PackedTensor | Tensor) -> _Quantized | _Bfloat16:
     """Equal matrices [..., O, I] as the library sees them."""
     if isinstance(weight, Tensor):
@@ -86,7 +101,6 @@ def _stack(weight: PackedTensor | Tensor) -> _Quantized | _Bfloat16:
 
 _SIGNATURES: Final = {
     "yuanmoe_supports": (c_int32, (c_int32,)),
-    "yuanmoe_use_openmp": (None, (c_void_p,)),
     "yuanmoe_linear": (c_int32, (_Call, POINTER(_Quantized), c_void_p, c_int64, c_void_p)),
     "yuanmoe_linear_bf16": (c_int32, (_Call, POINTER(_Bfloat16), c_void_p, c_int64, c_void_p)),
     "yuanmoe_mixture": (
@@ -101,6 +115,11 @@ _SIGNATURES: Final = {
         c_int32,
         (_Call, POINTER(_KeyValues), c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     ),
+    "yuanmoe_store": (c_int32, (_Call, POINTER(_Slots), c_void_p, c_void_p, c_int64, c_void_p)),
+    "yuanmoe_rms_norm": (c_int32, (_Call, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
+    "yuanmoe_rotate": (c_int32, (_Call, POINTER(_Heads), c_void_p, c_void_p, c_void_p, c_void_p)),
+    "yuanmoe_relate": (c_int32, (_Call, c_void_p, c_int64, c_int64, c_void_p)),
+    "yuanmoe_choose": (c_int32, (_Call, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "yuanmoe_read": (c_uint64, (_Call, c_void_p, c_int64)),
 }
 
@@ -111,18 +130,7 @@ def open_library(path: Path = LIBRARY) -> ctypes.CDLL:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    if (parallel := _openmp_of_torch()) is not None:
-        library.yuanmoe_use_openmp(parallel)
     return library
-
-
-def _openmp_of_torch() -> c_void_p | None:
-    """`GOMP_parallel` of the runtime that torch's library depends on, whatever its file is called."""
-    try:
-        torch_library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
-        return ctypes.cast(torch_library.GOMP_parallel, c_void_p)
-    except (OSError, AttributeError):  # torch built with its own thread pool, or linked into one file
-        return None
 
 
 class Kernels:
@@ -135,6 +143,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, variant: str) -> None:
         self.variant: Final = variant
         self._library: Final = library
+        self._index: Final = VARIANTS.index(variant)
 
     def linear(self, x: Tensor, weight: PackedTensor | Tensor) -> Tensor:
         """`x` [..., I] times a quantized or bfloat16 weight [O, I]."""
@@ -174,18 +183,53 @@ class Kernels:
         """Causal attention of the new tokens `q` [N, H, C], `counts[b]` of each sequence, to `keys` and `values`
         [pages, H, P, C], of which `past[b]` were there before; int8 ones have `scales` [pages, H, P]. `pages` [B, M]
         int32 is whose pages they are; without it a sequence is a page."""
-        places = [scale.data_ptr() for scale in scales] if scales else [None, None]
+        addresses = [scale.data_ptr() for scale in scales] if scales else [None, None]
         table, width = (None, 1) if pages is None else (pages.data_ptr(), pages.shape[1])
-        cache = _KeyValues(keys.data_ptr(), values.data_ptr(), *places, table, STORED[keys.dtype], *keys.shape, width)
+        stored = STORED[keys.dtype]
+        cache = _KeyValues(keys.data_ptr(), values.data_ptr(), *addresses, table, stored, *keys.shape, width)
         lengths = (c_int64 * len(past))(*past), (c_int64 * len(past))(*counts)
         out = torch.empty_like(q)
-        status = self._library.yuanmoe_attention(
-            self._call(q), cache, *lengths, len(past), q.data_ptr(), out.data_ptr()
+        call = self._call(q)
+        _check_pages(
+            self._library.yuanmoe_attention(call, cache, *lengths, len(past), q.data_ptr(), out.data_ptr()), keys
         )
-        if status == 1:
-            raise UsageError(f"a page is outside 0..{len(keys) - 1}, the pages of these keys and values")
-        _check_memory(status)
         return out
+
+    def store(self, x: Tensor, slots: Tensor, scales: Tensor | None, pages: Tensor, places: Tensor) -> None:
+        """Puts `x` [N, H, C] into `slots` [pages, H, P, C], at slot `places[n]` of page `pages[n]`; both are int64."""
+        to = _Slots(slots.data_ptr(), None if scales is None else scales.data_ptr(), STORED[slots.dtype], *slots.shape)
+        call, indices = self._call(x), (pages.data_ptr(), places.data_ptr())
+        _check_pages(self._library.yuanmoe_store(call, to, *indices, len(x), x.data_ptr()), slots)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """x / sqrt(mean(x^2) + epsilon) * weight for tokens `x` [..., D] and a `weight` [D] of one dtype."""
+        out, width = torch.empty_like(x), x.shape[-1]
+        tokens = x.numel() // width
+        call, places = self._call(x), (x.data_ptr(), weight.data_ptr())
+        _check_memory(self._library.yuanmoe_rms_norm(call, *places, tokens, width, epsilon, out.data_ptr()))
+        return out
+
+    def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """`x` [N, H, C] with channels i and i + half turned by the angle i of the tables [N, half]."""
+        out, shape = torch.empty_like(x), _Heads(*x.shape, cosines.shape[1])
+        cosines, sines = cosines.contiguous(), sines.contiguous()
+        tables = cosines.data_ptr(), sines.data_ptr()
+        _check_memory(self._library.yuanmoe_rotate(self._call(x), shape, x.data_ptr(), *tables, out.data_ptr()))
+        return out
+
+    def relate(self, x: Tensor) -> Tensor:
+        """The Attention Router's scores [N, E] of `x` [N, 3E]."""
+        experts = x.shape[1] // 3
+        out = torch.empty(len(x), experts)
+        _check_memory(self._library.yuanmoe_relate(self._call(x), x.data_ptr(), len(x), experts, out.data_ptr()))
+        return out
+
+    def choose(self, logits: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+        """The `chosen` largest logits of each row of [N, E]: their softmax, and their ids."""
+        weights, ids = torch.empty(len(logits), chosen), torch.empty(len(logits), chosen, dtype=torch.int64)
+        call, places = self._call(logits), (weights.data_ptr(), ids.data_ptr())
+        _check_memory(self._library.yuanmoe_choose(call, logits.data_ptr(), *logits.shape, chosen, *places))
+        return weights, ids
 
     def read(self, data: Tensor) -> None:
         """Reads every byte of `data` once, with all threads."""
@@ -193,7 +237,13 @@ class Kernels:
 
     def _call(self, x: Tensor | None) -> _Call:
         dtype = 0 if x is None else DTYPES[x.dtype]
-        return _Call(VARIANTS.index(self.variant), torch.get_num_threads(), dtype)
+        return _Call(self._index, torch.get_num_threads(), dtype)
+
+
+def _check_pages(status: int, stored: Tensor) -> None:
+    if status == 1:
+        raise UsageError(f"a page or slot is outside 0..{len(stored) - 1} x 0..{stored.shape[2] - 1}, what is stored")
+    _check_memory(status)
 
 
 def _check(status: int, matrix: _Quantized | _Bfloat16) -> None:

@@ -37,6 +37,8 @@ extern "C" {
 
 struct YuanmoeCall {
     int32_t variant, threads, dtype;
+
+    Call inner() const { return {kernels_of(variant), threads, static_cast<Dtype>(dtype)}; }
 };
 
 // Whether this CPU runs a variant.
@@ -52,34 +54,51 @@ YUANMOE_API int32_t yuanmoe_supports(int32_t variant) {
     return 0;
 }
 
-YUANMOE_API void yuanmoe_use_openmp(void* parallel) { use_openmp(reinterpret_cast<OpenmpParallel>(parallel)); }
-
 YUANMOE_API int32_t yuanmoe_linear(YuanmoeCall call, const Quantized* weight, const void* x, int64_t tokens, void* out) {
-    const Call inner{kernels_of(call.variant), call.threads, static_cast<Dtype>(call.dtype)};
-    return guarded([&] { return linear(inner, *weight, x, tokens, out), true; });
+    return guarded([&] { return linear(call.inner(), *weight, x, tokens, out), true; });
 }
 
 YUANMOE_API int32_t yuanmoe_linear_bf16(YuanmoeCall call, const Bfloat16* weight, const void* x, int64_t tokens, void* out) {
-    const Call inner{kernels_of(call.variant), call.threads, static_cast<Dtype>(call.dtype)};
-    return guarded([&] { return linear(inner, *weight, x, tokens, out), true; });
+    return guarded([&] { return linear(call.inner(), *weight, x, tokens, out), true; });
 }
 
 YUANMOE_API int32_t yuanmoe_mixture(YuanmoeCall call, const Quantized* gate_up, const Quantized* down, const Routing* routing,
                         const void* x, void* out) {
-    const Call inner{kernels_of(call.variant), call.threads, static_cast<Dtype>(call.dtype)};
-    return guarded([&] { return mixture(inner, *gate_up, *down, *routing, x, out); });
+    return guarded([&] { return mixture(call.inner(), *gate_up, *down, *routing, x, out); });
 }
 
 YUANMOE_API int32_t yuanmoe_mixture_bf16(YuanmoeCall call, const Bfloat16* gate_up, const Bfloat16* down, const Routing* routing,
                              const void* x, void* out) {
-    const Call inner{kernels_of(call.variant), call.threads, static_cast<Dtype>(call.dtype)};
-    return guarded([&] { return mixture(inner, *gate_up, *down, *routing, x, out); });
+    return guarded([&] { return mixture(call.inner(), *gate_up, *down, *routing, x, out); });
 }
 
 YUANMOE_API int32_t yuanmoe_attention(YuanmoeCall call, const KeyValues* cache, const int64_t* past,
                                       const int64_t* counts, int64_t sequences, const void* q, void* out) {
-    const Call inner{kernels_of(call.variant), call.threads, static_cast<Dtype>(call.dtype)};
-    return guarded([&] { return attention(inner, *cache, past, counts, sequences, q, out); });
+    return guarded([&] { return attention(call.inner(), *cache, past, counts, sequences, q, out); });
+}
+
+YUANMOE_API int32_t yuanmoe_store(YuanmoeCall call, const Slots* to, const int64_t* pages, const int64_t* slots,
+                                  int64_t tokens, const void* x) {
+    return guarded([&] { return store(call.inner(), *to, pages, slots, tokens, x); });
+}
+
+YUANMOE_API int32_t yuanmoe_rms_norm(YuanmoeCall call, const void* x, const void* weight, int64_t tokens, int64_t width,
+                                     float epsilon, void* out) {
+    return guarded([&] { return rms_norm(call.inner(), x, weight, tokens, width, epsilon, out), true; });
+}
+
+YUANMOE_API int32_t yuanmoe_rotate(YuanmoeCall call, const Heads* shape, const void* x, const float* cosines,
+                                   const float* sines, void* out) {
+    return guarded([&] { return rotate(call.inner(), *shape, x, cosines, sines, out), true; });
+}
+
+YUANMOE_API int32_t yuanmoe_relate(YuanmoeCall call, const void* x, int64_t tokens, int64_t experts, float* out) {
+    return guarded([&] { return relate(call.inner(), x, tokens, experts, out), true; });
+}
+
+YUANMOE_API int32_t yuanmoe_choose(YuanmoeCall call, const float* logits, int64_t tokens, int64_t experts,
+                                   int64_t chosen, float* weights, int64_t* ids) {
+    return guarded([&] { return choose(call.inner(), logits, tokens, experts, chosen, weights, ids), true; });
 }
 
 // Reads `count` bytes with all threads; the sum keeps the reading from being optimized away.

@@ -70,14 +70,6 @@ void attend_head(const Call& call, const KeyValues& cache, const Queries& querie
     }
 }
 
-bool has_pages(const KeyValues& cache, int64_t sequence, int64_t slots) {
-    for (int64_t slot = 0; slot < slots; slot += cache.slots) {
-        const int64_t page = cache.page(sequence, slot);
-        if (page < 0 || page >= cache.pages) return false;
-    }
-    return true;
-}
-
 }  // namespace
 
 void KeyValues::widen(const Kernels& kernels, bool of_values, int64_t first, int64_t count, int64_t padded,
@@ -88,10 +80,16 @@ void KeyValues::widen(const Kernels& kernels, bool of_values, int64_t first, int
     kernels.widen(from, stored, scales, count, channels, padded, out);
 }
 
+bool KeyValues::has_pages(const int64_t* past, const int64_t* counts, int64_t sequences) const {
+    for (int64_t sequence = 0; sequence < sequences; ++sequence)
+        for (int64_t slot = 0; counts[sequence] && slot < past[sequence] + counts[sequence]; slot += slots)
+            if (page(sequence, slot) < 0 || page(sequence, slot) >= pages) return false;
+    return true;
+}
+
 bool attention(const Call& call, const KeyValues& cache, const int64_t* past, const int64_t* counts, int64_t sequences,
                const void* q, void* out) {
-    for (int64_t sequence = 0; sequence < sequences; ++sequence)
-        if (counts[sequence] && !has_pages(cache, sequence, past[sequence] + counts[sequence])) return false;
+    if (!cache.has_pages(past, counts, sequences)) return false;
     const std::vector<Queries> all = cut(past, counts, sequences);
     const int64_t units = all.size() * cache.heads;
     const auto unit = [&](int64_t i) { attend_head(call, cache, all[i / cache.heads], i % cache.heads, q, out); };

@@ -30,8 +30,8 @@ constexpr int32_t kNanBits = 0x7fc00000;
 constexpr float kSmallest = 1e-30f;  // below it 127 / maximum leaves float32; such a group counts as zeros
 
 // Symmetric 8 bits: scale = maximum / 127, codes within 127 to the nearest, ties to even. A group with an infinity or a
-// NaN gets the scale NaN, so that its results are NaN and not plausible numbers.
-inline void quantize(const float* x, int64_t count, int group, int64_t index, int token, int32_t bias, const Tile& tile) {
+// NaN gets the scale NaN, so that its results are NaN and not plausible numbers. Returns the scale.
+inline float encode(const float* x, int64_t count, int8_t* codes) {
     int32_t largest = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int32_t magnitude = as_int(x[i]) & 0x7fffffff;
@@ -41,16 +41,18 @@ inline void quantize(const float* x, int64_t count, int group, int64_t index, in
     const bool finite = largest < kInfinityBits;
     const bool empty = !finite || maximum < kSmallest;
     const float inverse = empty ? 0.0f : 127.0f / maximum;
+    for (int64_t i = 0; i < count; ++i)
+        codes[i] = static_cast<int8_t>(empty ? 0 : as_int(x[i] * inverse + kRound) - kRoundBits);
+    return !finite ? as_float(kNanBits) : empty ? 0.0f : maximum / 127.0f;
+}
+
+inline void quantize(const float* x, int64_t count, int group, int64_t index, int token, int32_t bias, const Tile& tile) {
     alignas(64) int8_t codes[kMaxGroup] = {};
+    tile.scales[index * tile.width + token] = encode(x, count, codes);
     int32_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const int32_t code = empty ? 0 : as_int(x[i] * inverse + kRound) - kRoundBits;
-        codes[i] = static_cast<int8_t>(code);
-        sum += code;
-    }
+    for (int i = 0; i < group; ++i) sum += codes[i];
     int8_t* out = tile.codes + index * group * tile.width + 4 * token;
     for (int i = 0; i < group; i += 4) std::memcpy(out + i * tile.width, codes + i, 4);
-    tile.scales[index * tile.width + token] = !finite ? as_float(kNanBits) : empty ? 0.0f : maximum / 127.0f;
     tile.offsets[index * tile.width + token] = -bias * sum;
 }
 
@@ -173,6 +175,7 @@ inline uint64_t read(const uint8_t* bytes, int64_t count) {
 }  // namespace yuanmoe
 
 #include "attend.h"
+#include "single.h"
 
 namespace yuanmoe {
 namespace {
@@ -189,6 +192,10 @@ constexpr Kernels kernels() {
             dot_bf16<Lanes>,
             widen,
             attend<Lanes>,
+            encode,
+            rms_norm<Lanes>,
+            relate,
+            softmax,
             read};
 }
 

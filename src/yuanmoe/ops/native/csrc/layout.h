@@ -48,6 +48,7 @@ struct Tile {
 enum class Stored : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 
 constexpr int kKeysAtOnce = 32;   // a block of keys: of 256 channels in float32 they fill a core's first cache
+constexpr int kMaxExperts = 256;  // whose relations fit the stack
 constexpr int kKeysTogether = 4;  // keys that meet a query in registers
 
 // A softmax on its way over blocks of keys: `sum` is the weighted sum of values, `total` that of the weights.
@@ -75,6 +76,14 @@ struct Kernels {
                   float* out);
     // One query over up to kKeysAtOnce keys and values; all are padded to steps of 16 channels.
     void (*attend)(const float* q, const float* keys, const float* values, int64_t count, int64_t padded, Softmax* state);
+    // 8-bit codes of a vector; returns their scale.
+    float (*encode)(const float* x, int64_t count, int8_t* codes);
+    // out = x / sqrt(mean(x^2) + epsilon) * weight
+    void (*rms_norm)(const float* x, const float* weight, int64_t count, float epsilon, float* out);
+    // out[i] = sum over j of softmax_j(q[i] k[j]) v[j]; at most kMaxExperts
+    void (*relate)(const float* q, const float* k, const float* v, int64_t count, float* out);
+    // In place, over a few values of which the first is the largest.
+    void (*softmax)(float* values, int64_t count);
     // Reads every byte once, at the speed of memory.
     uint64_t (*read)(const uint8_t* bytes, int64_t count);
 };

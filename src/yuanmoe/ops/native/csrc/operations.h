@@ -47,6 +47,8 @@ struct KeyValues {
 
     // `count` keys or values from vector `first` on in float32.
     void widen(const Kernels& kernels, bool of_values, int64_t first, int64_t count, int64_t padded, float* out) const;
+    // Whether all pages that hold slots of these sequences exist.
+    bool has_pages(const int64_t* past, const int64_t* counts, int64_t sequences) const;
 };
 
 // out[n, o] = sum over i of weight[o, i] x[n, i]
@@ -65,5 +67,33 @@ bool mixture(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, co
 // that holds a slot is not in [0, pages).
 bool attention(const Call& call, const KeyValues& cache, const int64_t* past, const int64_t* counts, int64_t sequences,
                const void* q, void* out);
+
+// A vector for each slot of each head of each page, with a scale each where they are codes.
+struct Slots {
+    void* values;
+    float* scales;
+    Stored stored;
+    int64_t pages, heads, slots, channels;
+};
+// Vector [page, head, slot] = x[n, head] for the page and the slot of each token. False if there is no such slot.
+bool store(const Call& call, const Slots& to, const int64_t* pages, const int64_t* slots, int64_t tokens, const void* x);
+
+// out = x / sqrt(mean(x^2) + epsilon) * weight for each token; the weight has the tokens' dtype.
+void rms_norm(const Call& call, const void* x, const void* weight, int64_t tokens, int64_t width, float epsilon,
+              void* out);
+
+// Channels i and i + half of each head [token, head, channel] turned by the token's angle i; `half` of them.
+struct Heads {
+    int64_t tokens, heads, channels, half;
+};
+void rotate(const Call& call, const Heads& shape, const void* x, const float* cosines, const float* sines, void* out);
+
+// out[n, i] = sum over j of softmax_j(q[n, i] k[n, j]) v[n, j] for x[n] = [q; k; v], each `experts` wide.
+void relate(const Call& call, const void* x, int64_t tokens, int64_t experts, float* out);
+
+// The largest of each token's logits, the lowest index first among equals, and the softmax over them. A NaN counts as
+// the largest, so that it is not lost.
+void choose(const Call& call, const float* logits, int64_t tokens, int64_t experts, int64_t chosen, float* weights,
+            int64_t* ids);
 
 }  // namespace yuanmoe

@@ -5,12 +5,6 @@
 
 namespace yuanmoe {
 
-// GOMP_parallel(function, data, threads, flags): what a compiler makes of `#pragma omp parallel`.
-using OpenmpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-// Threads come from this OpenMP runtime from now on (torch's own, so that there is one pool), or from a pool of ours.
-void use_openmp(OpenmpParallel parallel);
-
 // body(context, unit) for every unit in [0, units).
 struct Phase {
     int64_t units;
@@ -27,7 +21,8 @@ Phase phase(int64_t units, const Body& body) {
 constexpr int kMaxPhases = 4;
 
 // Runs the phases on at most `threads` threads, each phase after all units of the one before; returns when all are
-// done. The threads are woken once, and nobody waits for one that wakes late.
+// done. The threads are woken once, and nobody waits for one that wakes late. Callers from several threads at once do
+// not share the pool: one has it, the others work alone.
 void run(int threads, std::initializer_list<Phase> phases);
 
 }  // namespace yuanmoe
