@@ -1,11 +1,15 @@
 """Small training runs for tests: a text that can be learned, a recipe for it, and the same as a folder of tokens."""
 
 import dataclasses
+import os
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 
 from small_tokenizers import TEXTS, bpe
+from yuanmoe.cli import main
 from yuanmoe.config import preset
 from yuanmoe.data.loader import ShuffledWindows, consecutive_windows
 from yuanmoe.data.shards import write_shard
@@ -63,3 +67,37 @@ def write_tokens(folder: Path) -> Path:
     write_shard(folder / "heldout", TEXTS[:2], bpe())
     bpe().save(folder)
     return folder
+
+
+FIELDS_OF_TIME = {"step_s", "elapsed_s", "tokens_per_s", "flops_per_s"}
+
+TINY = (
+    "model.vocab_size=512", "model.hidden_size=32", "model.num_experts=8", "model.moe_intermediate_size=24",
+    "model.num_attention_heads=2", "model.head_dim=16", "model.attention_dropout=0.1", "data.sequence_length=16",
+    "data.batch_size=4", "schedule.max_seconds=none", "schedule.max_tokens=1280", "run.milestones=2",
+    'run.prompts=["def add"]', "run.sample_tokens=4",
+)  # fmt: skip
+"""Settings that make `nano` twenty steps of milliseconds."""
+
+
+def arguments(data: Path, out: Path, *options: str, settings: tuple[str, ...] = ()) -> list[str]:
+    """The call of `yuanmoe train` for a tiny run."""
+    changed = [part for setting in (*TINY, *settings) for part in ("--set", setting)]
+    return ["train", "nano", "--data", str(data), "--out", str(out), "--threads", "1", *changed, *options]
+
+
+def call(args: list[str], log: Path, slow_s: float = 0.0) -> None:
+    """Runs the program in this process, which is a child of a test's; `slow_s` is added to every step."""
+    stream = log.open("w", encoding="utf-8")
+    os.dup2(stream.fileno(), 2)
+    os.dup2(stream.fileno(), 1)
+    sys.argv = ["yuanmoe", *args]
+    if slow_s:
+        advance = Training.advance
+
+        def slow(self):
+            time.sleep(slow_s)
+            return advance(self)
+
+        Training.advance = slow
+    main.main()

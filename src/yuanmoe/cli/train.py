@@ -19,6 +19,7 @@ from yuanmoe.plan.machine import read_machine
 from yuanmoe.plan.sizes import format_count, format_size
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.recipes import RECIPES, named
+from yuanmoe.train.schedule import spent
 from yuanmoe.train.settings import differences, flat, override
 
 if TYPE_CHECKING:
@@ -151,6 +152,11 @@ def _checkpoint(place: _Place, recipe: Recipe, identity: dict[str, Any], console
         before, now = facts["recipe"] | {"text": facts["data"]}, recipe.to_dict() | {"text": identity}
         changed = differences(flat(before), flat(now))
         _check_changes(place, changed, console)
+        if spent(recipe, facts["step"], facts["elapsed_s"]) >= 1:
+            raise UsageError(
+                f"the run in {place.folder} has used up its budget after {facts['step']} steps; to go on, raise "
+                "schedule.max_tokens or schedule.max_seconds with --set, and add --accept-changes"
+            )
         console.print(f"going on from {found}", soft_wrap=True)
         return found
     if checkpoints.is_dir() and steps(checkpoints):

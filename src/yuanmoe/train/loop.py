@@ -130,16 +130,16 @@ class Training:
         return {
             "step": self.step,
             "elapsed_s": self.elapsed_s,
-            "share": self._share,
-            "milestones": self._milestones,
             "heldout_loss": self.recent[-1].heldout_loss if self.recent else None,
             "recent": [asdict(progress) for progress in self.recent],
         }
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Goes on from where `tensors` and `facts` were taken; the model has its weights of then already."""
-        self.step, self._share, self._milestones = facts["step"], facts["share"], facts["milestones"]
+        self.step = facts["step"]
         self._began = time.perf_counter() - facts["elapsed_s"]
+        self._share = spent(self.recipe, self.step, facts["elapsed_s"])
+        self._milestones = int(self._share * self.recipe.run.milestones)
         self.recent.extend(Progress(**progress) for progress in facts["recent"])
         self._optimizer.load(tensors, self.step)
         self._biases.load(tensors)

@@ -49,15 +49,23 @@ def on_weights(recipe: Recipe, weights: ModelConfig) -> Recipe:
 
 
 def loaded_model(recipe: Recipe, source: Source, device: torch.device | str = "cpu") -> YuanForCausalLM:
-    """The recipe's model with the weights of a checkpoint. Raises UsageError for weights in few bits."""
+    """The recipe's model with the weights of a checkpoint.
+
+    Raises UsageError for weights in few bits, and for those of a model of other sizes.
+    """
     if source.precision is not None:
         raise UsageError(
             f"{source.path} holds weights of {source.precision.bits} bits, which have no gradient; "
             "start from the checkpoint that they were made of"
         )
+    table = layout(recipe.model).native
+    if not layout(source.config).native.items() <= table.items():
+        raise UsageError(
+            f"the weights in {source.path} do not fit the recipe's model, whose sizes differ; leave model.* as it was"
+        )
     dtype = parse_dtype(recipe.run.dtype)
     state = {name: tensor.to(device, copy=True) for name, tensor in load_state(source, dtype=dtype).items()}
-    for name, shape in layout(recipe.model).native.items():
+    for name, shape in table.items():
         if name not in state:
             assert name.endswith(".router.bias"), f"{name} is new, though only biases may be"
             state[name] = torch.zeros(shape, dtype=dtype, device=device)
