@@ -23,6 +23,9 @@ from yuanmoe.plan.sizes import GIB, format_count, format_size, parse_rate
 RUNNERS_UP = 5
 """Layouts shown after the fastest."""
 
+SHORT: dict[str, str] = {"optimizer": "optim.", "activations": "activ.", "gradients": "grads"}
+"""Headings that let the widest table fit 80 columns."""
+
 TOKENS_PER_STEP = 2**22
 """Of the default global batch: four million, as large models take."""
 
@@ -31,24 +34,23 @@ TOKENS_PER_STEP = 2**22
 class Wishes:
     """Options of `plan --cluster`, as typed."""
 
-    nodes: int = 1
-    tokens: float | None = None
-    seq: int | None = None
-    global_batch: int | None = None
-    stages: str | None = None
-    layout: str = ""
-    link: str | None = None
-    network: str | None = None
-    efficiency: float = 0.5
+    nodes: int
+    seq: int | None
+    global_batch: int | None
+    stages: str | None
+    layout: str
+    link: str | None
+    network: str | None
+    efficiency: float
 
 
 def request_of(config: ModelConfig, device: Device, devices_per_node: int, wishes: Wishes) -> Request:
     """What is asked of the planner. Raises UsageError for numbers that make no sense."""
     wires = wires_of(device)
     if wishes.link:
-        wires = dataclasses.replace(wires, link=parse_rate(wishes.link), source=f"{wires.source}; --link")
+        wires = dataclasses.replace(wires, link=parse_rate(wishes.link), link_source="--link")
     if wishes.network:
-        wires = dataclasses.replace(wires, card=parse_rate(wishes.network), source=f"{wires.source}; --network")
+        wires = dataclasses.replace(wires, card=parse_rate(wishes.network), card_source="--network")
     cluster = Cluster(
         device=device,
         devices_per_node=devices_per_node,
@@ -56,8 +58,6 @@ def request_of(config: ModelConfig, device: Device, devices_per_node: int, wishe
         wires=wires,
         matmul_share=wishes.efficiency,
     )
-    if wishes.tokens is not None and not 0 < wishes.tokens < math.inf:
-        raise UsageError(f"tokens is {wishes.tokens}; it must be a number above 0")
     length = config.max_position_embeddings if wishes.seq is None else wishes.seq
     default_batch = cluster.size * math.ceil(TOKENS_PER_STEP / max(1, length) / cluster.size)
     batch = default_batch if wishes.global_batch is None else wishes.global_batch
@@ -77,7 +77,9 @@ def _stages(text: str) -> tuple[int, ...]:
 
 
 def cluster_report(name: str, request: Request, tokens: float | None) -> dict[str, Any]:
-    """Everything `yuanmoe plan --cluster` says, as JSON values."""
+    """Everything `yuanmoe plan --cluster` says, as JSON values; `tokens` is the budget of the whole training."""
+    if tokens is not None and not 0 < tokens < math.inf:
+        raise UsageError(f"tokens is {tokens}; it must be a number above 0")
     plans = rank(request)
     best = plans[0] if plans else nearest(request)
     training, cluster = request.training, request.cluster
@@ -129,16 +131,18 @@ def _budget(request: Request, plan: Plan, tokens: float) -> dict[str, float]:
 
 def show_cluster(report: dict[str, Any], console: Console) -> None:
     """The report for people."""
-    cluster, training, device = report["cluster"], report["training"], report["cluster"]["device"]
+    cluster, training, wires = report["cluster"], report["training"], report["cluster"]["wires"]
+    device, devices = cluster["device"], f"{cluster['devices_per_node']} x " if cluster["devices_per_node"] > 1 else ""
     console.print(
-        f"[bold]{report['model']}[/] on [bold]{cluster['nodes']} x {cluster['devices_per_node']} {device['name']}[/], "
+        f"[bold]{report['model']}[/] on [bold]{cluster['nodes']} x {devices}{device['name']}[/], "
         f"{training['global_batch']:,} x {training['sequence_length']:,} tokens a step"
     )
     console.print(
-        f"A device: {format_size(device['memory_bytes'])}, {format_count(device['bf16_flops'], 'FLOP/s')}, of which "
-        f"{cluster['matmul_share']:.0%} are kept up. Within a node {format_count(cluster['wires']['link'], 'B/s')}, a "
-        f"network card {format_count(cluster['wires']['card'], 'B/s')}, each way ({cluster['wires']['source']}).\n"
+        f"device: {format_size(device['memory_bytes'])}, {format_count(device['bf16_flops'], 'FLOP/s')}, "
+        f"of which it keeps up {cluster['matmul_share']:.0%} ({device['source']})"
     )
+    console.print(f"within a node: {format_count(wires['link'], 'B/s')} each way ({wires['link_source']})")
+    console.print(f"network card: {format_count(wires['card'], 'B/s')} each way ({wires['card_source']})\n")
     for show in (_show_layouts, _show_time, _show_stages, _show_verdict):
         show(report, console)
 
@@ -160,18 +164,22 @@ def _show_layouts(report: dict[str, Any], console: Console) -> None:
 
 def _show_time(report: dict[str, Any], console: Console) -> None:
     time_s = report["plan"]["time_s"]
-    rows = [[part, _seconds(seconds), f"{seconds / time_s['total']:.1%}"] for part, seconds in time_s.items()]
+    rows = [
+        [part, _seconds(seconds), f"{seconds / time_s['total']:.1%}" if seconds else "-"]
+        for part, seconds in time_s.items()
+    ]
     print_table(console, f"A step of {report['plan']['layout']}", ["", "takes", "share"], rows)
 
 
 def _show_stages(report: dict[str, Any], console: Console) -> None:
     plan = report["plan"]
-    parts = list(plan["memory"][0])
+    parts: list[str] = list(plan["memory"][0])
     rows = [
         [str(stage), str(layers), *(f"{memory[part] / GIB:.1f}" for part in parts)]
         for stage, (layers, memory) in enumerate(zip(plan["layers"], plan["memory"], strict=True))
     ]
-    print_table(console, "Memory of a device in each stage, GiB", ["stage", "layers", *parts], rows)
+    headings = ["stage", "layers", *(SHORT.get(part, part) for part in parts)]
+    print_table(console, "Memory of a device in each stage, GiB", headings, rows)
 
 
 def _show_verdict(report: dict[str, Any], console: Console) -> None:
@@ -194,4 +202,8 @@ def _show_verdict(report: dict[str, Any], console: Console) -> None:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:,.1f} s" if seconds >= 100 else f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    if seconds == 0:
+        return "-"
+    if seconds >= 100:
+        return f"{seconds:,.1f} s"
+    return f"{seconds:#.3g} s" if seconds >= 1 else f"{1e3 * seconds:#.3g} ms"

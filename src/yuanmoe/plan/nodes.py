@@ -28,32 +28,50 @@ class Wires:
     """One network card of a node."""
     shared: bool = False
     """Whether all devices of a node use one card, instead of one each."""
-    source: str
+    link_source: str
+    card_source: str
 
 
-_ETHERNET = "network: 100 Gigabit Ethernet, assumed"
-_OFFICE = "10 Gigabit Ethernet, assumed; inside a node a copy reads and writes memory"
+def _dgx(name: str, nvlink: float, infiniband: float) -> Wires:
+    return Wires(
+        link=nvlink / 2,  # told for both ways
+        card=infiniband / 8,
+        link_source=f"NVIDIA {name}: NVLink, {nvlink / 1e9:.0f} GB/s both ways",
+        card_source=f"NVIDIA {name}: one of {infiniband / 1e9:.0f} Gb/s a GPU",
+    )
 
 
 def _pcie(generation: int, link: float) -> Wires:
-    return Wires(link=link, card=12.5e9, shared=True, source=f"PCIe {generation}.0 x16, no NVLink; {_ETHERNET}")
+    return Wires(
+        link=link,
+        card=12.5e9,
+        shared=True,
+        link_source=f"PCI Express {generation}.0 x16, no NVLink",
+        card_source="100 Gb/s Ethernet for all GPUs of a node, assumed",
+    )
 
 
 WIRES = {
-    "a100-80": Wires(link=300e9, card=25e9, source="NVIDIA DGX A100: NVLink 600 GB/s both ways, 200 Gb/s a GPU"),
-    "h100-80": Wires(link=450e9, card=50e9, source="NVIDIA DGX H100: NVLink 900 GB/s both ways, 400 Gb/s a GPU"),
-    "h200": Wires(link=450e9, card=50e9, source="NVIDIA DGX H200: NVLink 900 GB/s both ways, 400 Gb/s a GPU"),
+    "a100-80": _dgx("DGX A100", 600e9, 200e9),
+    "h100-80": _dgx("DGX H100", 900e9, 400e9),
+    "h200": _dgx("DGX H200", 900e9, 400e9),
     "l40s": _pcie(4, 32e9),
     "rtx-3090": _pcie(4, 32e9),
     "rtx-4090": _pcie(4, 32e9),
     "rtx-5090": _pcie(5, 64e9),
 }
-"""Devices of the table that train in groups; CPUs get `cpu_wires`."""
+"""Of the GPUs that train in groups."""
 
 
-def cpu_wires(device: Device) -> Wires:
-    """Sockets of one machine, and machines over Ethernet."""
-    return Wires(link=device.bandwidth / 2, card=1.25e9, shared=True, source=_OFFICE)
+def wires_of(device: Device) -> Wires:
+    """What usually connects devices of this kind."""
+    return WIRES.get(device.name) or Wires(
+        link=device.bandwidth / 2,
+        card=1.25e9,
+        shared=True,
+        link_source="memory, which a copy reads and writes",
+        card_source="10 Gb/s Ethernet, assumed",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +154,3 @@ def parse_cluster(text: str) -> tuple[int, str]:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         raise UsageError(f"unknown cluster {text!r}; write it like 8xh100-80 or cpu; {hint}")
     return count, name
-
-
-def wires_of(device: Device) -> Wires:
-    """How devices of this kind usually talk."""
-    return WIRES.get(device.name) or cpu_wires(device)

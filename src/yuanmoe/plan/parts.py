@@ -114,10 +114,10 @@ class Case:
             # Both ends hold the matrix and agree on its gradient: an all-reduce of two ranks.
             boundary = self.cluster.boundary(layout.data, layout.stages)
             agreed = Part(reduce_s=GRADIENT_BYTES * head.size / boundary)
-        parts = [[self._everywhere()] for _ in range(layout.stages)]
-        parts[0] += [self._held(embedding.size, sharding), agreed]
-        parts[-1] += [self._held(norm.size + head.size * separate, sharding), agreed, self._loss(head)]
-        return [total(stage) for stage in parts]
+        parts = [self._everywhere()] * layout.stages
+        parts[0] = total([parts[0], agreed, self._held(embedding.size, sharding)])
+        parts[-1] = total([parts[-1], agreed, self._held(norm.size + head.size * separate, sharding), self._loss(head)])
+        return parts
 
     def _everywhere(self) -> Part:
         config, layout = self.training.config, self.layout

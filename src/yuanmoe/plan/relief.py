@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cluster import Plan, Request
+from yuanmoe.plan.devices import DEVICES
+from yuanmoe.plan.nodes import WIRES
 from yuanmoe.plan.sizes import GIB
 
 MOST_NODES = 64
@@ -18,8 +20,7 @@ def remedies(request: Request, nearest: Plan) -> list[str]:
     """Options that, changed alone, let some layout fit; each as small a change as possible by doubling or halving."""
     kinds = (_fewer_wishes(request), _more_nodes(request), _shorter(request))
     found = (next((options for options, other in kind if _fits(other)), None) for kind in kinds)
-    memory = f"--ram {math.ceil(nearest.peak_bytes / GIB)}GiB (each device)"
-    return [*(options for options in found if options is not None), memory]
+    return [*(options for options in found if options is not None), *_larger_devices(request, nearest.peak_bytes)]
 
 
 def _fewer_wishes(request: Request) -> Iterator[tuple[str, Request]]:
@@ -45,6 +46,14 @@ def _shorter(request: Request) -> Iterator[tuple[str, Request]]:
         training = dataclasses.replace(request.training, sequence_length=length)
         yield f"--seq {length}", dataclasses.replace(request, training=training)
         length //= 2
+
+
+def _larger_devices(request: Request, needed_bytes: int) -> Iterator[str]:
+    yield f"devices with {math.ceil(needed_bytes / GIB)} GiB"
+    large_enough = [DEVICES[name] for name in WIRES if DEVICES[name].memory_bytes >= needed_bytes]
+    if large_enough:
+        smallest = min(large_enough, key=lambda device: device.memory_bytes)
+        yield f"--cluster {request.cluster.devices_per_node}x{smallest.name}"
 
 
 def _fits(request: Request) -> bool:
