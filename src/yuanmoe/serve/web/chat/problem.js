@@ -12,7 +12,7 @@ const OFFERS = {
   context: ["newConversation", "openSettings"],
   request: ["openSettings", "retry"],
   slow: ["goOn", "retry"],
-  server: ["retry"],
+  server: ["goOn", "retry"],
 };
 
 /** The notes under an answer; `active` says whether something can be done about it here. */

@@ -40,20 +40,18 @@ export function iconButton(name, label, click, props = {}) {
   return el("button", { type: "button", className: "icon", label, on: { click }, ...props }, icon(name));
 }
 
-/** `run`, at most once a frame however often it is asked for; `.now()` runs what is due at once. */
-export function oncePerFrame(run) {
-  let due = 0;
-  const fire = () => {
-    due = 0;
-    run();
+/** Calls `run` in the next frame after it was asked for, once however often that was, and so many ms apart at least. */
+export function oncePerFrame(run, apartMs = 0) {
+  let due = false;
+  let last = -Infinity;
+  const fire = (now) => {
+    if (now - last < apartMs) return requestAnimationFrame(fire);
+    due = false;
+    last = now;
+    return run();
   };
-  const ask = () => {
-    due ||= requestAnimationFrame(fire);
+  return () => {
+    if (!due) requestAnimationFrame(fire);
+    due = true;
   };
-  ask.now = () => {
-    if (!due) return;
-    cancelAnimationFrame(due);
-    fire();
-  };
-  return ask;
 }

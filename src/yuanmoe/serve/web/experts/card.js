@@ -5,6 +5,7 @@ import { percent, t } from "../core/language.js";
 import { lens, paint } from "./lens.js";
 
 const GAP = 8;
+const ROWS = 12;
 
 export function hideCard() {
   byId("token-card").hidden = true;
@@ -31,7 +32,10 @@ function head(message, at) {
 function table(routing, at) {
   if (at >= routing.length) return el("p", { className: "note" }, t("notReadYet"));
   const rows = routing.layers.map(({ layer }, place) => row(layer, routing.of(at, place), place === lens.value.place));
-  return el("ol", { className: rows.length > 12 ? "ways two-columns" : "ways" }, ...rows);
+  const list = el("ol", { className: "ways" }, ...rows);
+  // Column after column, as many as keep the card low.
+  list.style.gridTemplateRows = `repeat(${Math.ceil(rows.length / Math.ceil(rows.length / ROWS))}, auto)`;
+  return list;
 }
 
 function row(layer, visited, chosen) {
@@ -40,7 +44,7 @@ function row(layer, visited, chosen) {
     paint(name, expert);
     return el("span", {}, name, ` ${percent(weight, 0)}`);
   });
-  return el("li", { className: chosen ? "chosen" : "" }, el("span", {}, t("layerNumber", { layer })), ...experts);
+  return el("li", { className: chosen ? "chosen" : "" }, el("span", {}, t("layerShort", { layer })), ...experts);
 }
 
 /** Above or below, where there is room, and inside the window. */

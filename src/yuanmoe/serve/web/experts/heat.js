@@ -2,7 +2,7 @@
 // A canvas, because 768 cells change with every token; its values are said cell by cell (arrows) and stand in a table.
 
 import { byId, el } from "../core/dom.js";
-import { number, percent, t } from "../core/language.js";
+import { number, percent, say, t } from "../core/language.js";
 import { lens, look } from "./lens.js";
 
 const ROW = 15;
@@ -46,6 +46,7 @@ export class HeatMap {
     this.data = data;
     this.draw();
     this.#table();
+    if (!byId("heat-cell").textContent) say(byId("heat-cell"), "t", "heatHint");
   }
 
   draw() {
@@ -143,6 +144,7 @@ export class HeatMap {
     if (layer === undefined) return;
     const total = this.#total(place);
     const share = percent(total ? this.visits(place, expert) / total : 0);
+    delete byId("heat-cell").dataset.t;
     byId("heat-cell").textContent = t("heatCell", { layer, expert, visits: number(this.visits(place, expert)), share });
   }
 

@@ -1,4 +1,4 @@
-// The panel beside the coloured answer: heat map, load and meter, once a frame at most, and only while it is seen.
+// The panel beside the coloured answer: heat map, load and meter, up to date while it is seen.
 
 import { byId, oncePerFrame } from "../core/dom.js";
 import { language, number, t } from "../core/language.js";
@@ -8,6 +8,9 @@ import { lens } from "./lens.js";
 import { LoadView } from "./load.js";
 import { showMeter } from "./meter.js";
 import { Source } from "./source.js";
+
+/** Ten times a second is as live as an eye can follow, and leaves the frames to the answer. */
+const APART_MS = 100;
 
 /** Starts the panel; `view` is the signal of what the page shows. */
 export function startPanel(session, view) {
@@ -22,7 +25,7 @@ export function startPanel(session, view) {
     heat.update(data);
     load.update(data);
     showMeter(info.value, current.value);
-  });
+  }, APART_MS);
 
   const source = new Source(session, view, show);
   for (const cause of [lens, language, session.current, session.touched]) cause.watch(show);

@@ -41,7 +41,7 @@ export class TokensView {
     this.tokens.push(node);
     this.line.append(node);
     // Lines of their own keep a long answer's layout from being done anew with every token.
-    if (surface.includes("\n")) this.line = this.node.appendChild(el("div"));
+    if (surface.endsWith("\n")) this.line = this.node.appendChild(el("div"));
   }
 
   #name() {

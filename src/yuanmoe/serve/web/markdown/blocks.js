@@ -75,7 +75,9 @@ function heading(lines, at) {
   return { block: { type: "heading", level: marks.length, text: closed ? text.slice(0, end).trim() : text }, end: at + 1 };
 }
 
-const rule = (_, at) => ({ block: { type: "rule" }, end: at + 1 });
+function rule(lines, at) {
+  return { block: { type: "rule" }, end: at + 1 };
+}
 
 function quote(lines, at, depth) {
   const inside = [];

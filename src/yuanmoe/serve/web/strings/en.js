@@ -106,7 +106,7 @@ export default {
   "offer.newConversation": "New conversation",
 
   layer: "Layer",
-  layerNumber: "Layer {layer}",
+  layerShort: "L{layer}",
   colouredBy: "Coloured by",
   rankFirst: "First expert",
   rankSecond: "Second expert",
@@ -124,6 +124,7 @@ export default {
   sourceEmpty: "Ask something, and the experts show up here as they work.",
   heatTitle: "Experts by layer",
   heatCell: "Layer {layer}, expert {expert}: {visits} visits, {share}",
+  heatHint: "Point at a cell, or go there with the arrow keys; Enter or a click shows its tokens.",
   asTable: "As numbers",
   loadTitle: "Load of layer {layer}",
   loadTitleEmpty: "Load",

@@ -106,7 +106,7 @@ export default {
   "offer.newConversation": "新对话",
 
   layer: "层",
-  layerNumber: "第 {layer} 层",
+  layerShort: "{layer} 层",
   colouredBy: "着色依据",
   rankFirst: "第一位专家",
   rankSecond: "第二位专家",
@@ -124,6 +124,7 @@ export default {
   sourceEmpty: "提个问题，专家们工作时会出现在这里。",
   heatTitle: "各层专家",
   heatCell: "第 {layer} 层，专家 {expert}：{visits} 次，{share}",
+  heatHint: "指向一格，或用方向键移动；回车或点击可突出它的词元。",
   asTable: "以数字显示",
   loadTitle: "第 {layer} 层的负载",
   loadTitleEmpty: "负载",

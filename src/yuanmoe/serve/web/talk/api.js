@@ -55,9 +55,12 @@ export const post = async (path, body) => (await request(path, body)).json();
 /** The chunks of a streamed answer. Raises ServerError when one of them is an error, or the stream breaks off. */
 export async function* stream(path, body, signal) {
   const response = await request(path, { ...body, stream: true, stream_options: { include_usage: true } }, signal);
+  let done = false;
   try {
     for await (const data of events(response.body)) {
-      if (data === "[DONE]") return;
+      done = data === "[DONE]";
+      // Read to its end, or the browser takes the response for one that was given up.
+      if (done) continue;
       const chunk = JSON.parse(data);
       if (chunk.error) throw errorOf(chunk, statusOf(chunk.error));
       yield chunk;
@@ -66,7 +69,7 @@ export async function* stream(path, body, signal) {
     if (error instanceof ServerError || signal.aborted) throw error;
     throw new ServerError("dropped", String(error.message ?? error));
   }
-  throw new ServerError("dropped", "the stream ended before the answer did");
+  if (!done) throw new ServerError("dropped", "the stream ended before the answer did");
 }
 
 /** An error on the way has no status of its own; its type stands for one. */

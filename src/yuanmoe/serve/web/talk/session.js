@@ -9,7 +9,7 @@ import { Shelf } from "../keep/shelf.js";
 import { Routing } from "../experts/routing.js";
 import { emptyAnswer, Writer } from "./writer.js";
 
-const SAVE_MS = 1000;
+const SAVE_MS = 2000;
 
 export class Session {
   /** {model, layers, chosen, ...}: see info.js; null until the server said it. */

@@ -1,0 +1,111 @@
+"""What the page says when something goes wrong, and what it lets its reader do about it."""
+
+import json
+
+import pytest
+from live_server import running
+
+from yuanmoe.serve.app import Access
+from yuanmoe.serve.keys import entry_line, read_keys
+from yuanmoe.serve.launch import Settings, launch_engine
+
+CHAT = "**/v1/chat/completions"
+
+
+def expect(locator):
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
+def refusal(status, message, *, code=None, param=None, headers=None):
+    body = json.dumps({"error": {"message": message, "type": "x", "param": param, "code": code}})
+    return {"status": status, "body": body, "headers": {"Content-Type": "application/json"} | (headers or {})}
+
+
+REFUSALS = {
+    "rate": (refusal(429, "60 a minute", headers={"Retry-After": "7"}), "busy", "Try again in 7 s"),
+    "queue": (refusal(503, "queue full", headers={"Retry-After": "1"}), "busy", "Try again in 1 s"),
+    "context": (refusal(400, "too long", code="context_length_exceeded"), "too long", "Start a new conversation"),
+    "setting": (refusal(400, "top_p is 3", param="top_p"), "refused", "Change the setting top_p"),
+    "timeout": (refusal(408, "600 s"), "too long", "ask for fewer tokens"),
+    "bug": (refusal(500, "a bug"), "went wrong", "server's log"),
+    "no JSON": ({"status": 502, "body": "<b>Bad gateway</b>"}, "went wrong", "server's log"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_are_said_in_words_with_what_to_do(opened, served, engine, ask, name):
+    response, title, advice = REFUSALS[name]
+    page = opened(served.url, expected=["Failed to load resource"])
+    page.locator("#welcome p").wait_for()
+    page.route(CHAT, lambda route: route.fulfill(**response))
+    ask(page)
+    problem = page.locator(".problem")
+    expect(problem.locator("strong")).to_contain_text(title)
+    expect(problem).to_contain_text(advice)
+    assert page.locator(".problem b").count() == 0
+    if name == "setting":
+        problem.get_by_text("Open settings").click()
+        assert page.locator("#setting-top_p").evaluate("node => node === document.activeElement")
+        return
+    page.unroute(CHAT)
+    if name == "context":
+        problem.get_by_text("New conversation").click()
+        ask(page)
+    else:
+        problem.get_by_text("Try again").click()
+    expect(page.locator(".answer:last-child .prose")).to_have_text("Yes.")
+
+
+def test_a_server_that_is_gone_is_said_to_be(opened, served, engine, ask):
+    page = opened(served.url, expected=["Failed to load resource"])
+    page.locator("#welcome p").wait_for()
+    page.route(CHAT, lambda route: route.abort())
+    ask(page)
+    expect(page.locator(".problem")).to_contain_text("cannot be reached")
+    expect(page.locator(".problem")).to_contain_text("yuanmoe serve")
+
+
+def test_an_error_amid_an_answer_keeps_what_was_said(page, engine, ask, answers):
+    engine.script, engine.break_after = ["One two three four."], 4
+    ask(page)
+    expect(page.locator(".problem")).to_contain_text("the test broke this answer")
+    said = page.locator(".answer .prose").inner_text()
+    assert said
+    engine.break_after, engine.script = None, [" And more."]
+    page.get_by_role("button", name="Continue").click()
+    answers(page)
+    assert page.locator(".problem").count() == 0
+    assert page.locator(".answer .prose").inner_text() == f"{said} And more."
+
+
+def test_a_stream_that_breaks_off_keeps_what_was_said(page, engine, ask):
+    chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": "Half an ans"}, "finish_reason": None}]})
+    body = f"data: {chunk}\n\n"
+    page.route(CHAT, lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body))
+    ask(page)
+    assert page.locator(".answer .prose").inner_text() == "Half an ans"
+    expect(page.locator(".problem")).to_contain_text("connection was lost")
+    expect(page.get_by_role("button", name="Continue")).to_be_visible()
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(opened, lm, engine, ask):
+    keys = read_keys(None, entry_line("reader", "yuan-secret"))
+    settings = Settings(model_id="locked", access=Access(keys=keys))
+    with running(launch_engine(lm, engine, 4096, settings)) as url:
+        page = opened(url, expected=["401"])
+        page.locator("#setting-key").fill("wrong")
+        page.get_by_text("Save").click()
+        expect(page.locator("#settings")).to_be_visible()
+        page.locator("#setting-key").fill("yuan-secret")
+        page.get_by_text("Save").click()
+        page.locator("#welcome p").wait_for()
+        ask(page)
+        assert page.locator(".answer .prose").inner_text() == "Yes."
+        kept = page.evaluate("[JSON.stringify(localStorage), sessionStorage['yuanmoe.key']]")
+        assert "secret" not in kept[0]
+        assert kept[1] == "yuan-secret"
+        with page.expect_download() as download:
+            page.get_by_text("Export").click()
+        assert b"secret" not in download.value.path().read_bytes()
