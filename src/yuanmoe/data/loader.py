@@ -146,7 +146,7 @@ class Loader:
             )
         self._sources, self._options, self._rank = tuple(sources), options, rank
         self._local = options.batch_size // world_size
-        self._windows = [_windows_per_epoch(source, options.length) for source in sources]
+        self._windows = np.array([_windows_per_epoch(source, options.length) for source in sources])
         self.mixture = Mixture([source.weight for source in sources], seed=options.seed)
         self.samples = 0
         """Windows read so far, by all ranks together."""
@@ -168,7 +168,7 @@ class Loader:
     def epochs(self, samples: int) -> list[float]:
         """How often each source is read through in that many samples."""
         shares = zip(self.mixture.shares, self._windows, strict=True)
-        return [samples * share / windows for share, windows in shares]
+        return [float(samples * share / windows) for share, windows in shares]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands and what it reads, as JSON values; the same on every rank."""
@@ -196,20 +196,25 @@ class Loader:
         """This rank's windows of the batch that begins with sample `first`."""
         start = first + self._rank * self._local
         sources, within = self.mixture.turns(np.arange(start, start + self._local))
-        parts = [self._window(int(source), int(index)) for source, index in zip(sources, within, strict=True)]
+        epochs, places = np.divmod(within, self._windows[sources])
+        found: dict[int, Part] = {}
+        for source, epoch in sorted(set(zip(sources.tolist(), epochs.tolist(), strict=True))):
+            here = np.flatnonzero((sources == source) & (epochs == epoch))
+            found |= zip(here.tolist(), self._parts(source, epoch, places[here]), strict=True)
+        parts = [found[place] for place in range(self._local)]
         ids = np.stack([part.ids for part in parts])
         mask = np.stack([part.learned[1:] for part in parts])
         if self._options.mask == "official":
             mask = official_window_mask(ids[:, 1:], sep_id=self._options.sep_id, eod_id=self._options.eod_id)
         return Batch(ids=ids, loss_mask=mask, documents=np.stack([part.documents[:-1] for part in parts]))
 
-    def _window(self, source: int, index: int) -> Part:
-        epoch, place = divmod(index, self._windows[source])
+    def _parts(self, source: int, epoch: int, places: Integers) -> Iterator[Part]:
+        """The windows of a source at `places` of the order of an epoch."""
         stream, order = self._epoch(source, epoch)
-        first = int(order(np.array([place]))[0]) * self._options.length
-        part = stream.read(first, first + self._options.length + 1)
-        check_ids(part.ids, self._options.vocab_size, self._sources[source].documents.name)
-        return part
+        for first in (order(places) * self._options.length).tolist():
+            part = stream.read(first, first + self._options.length + 1)
+            check_ids(part.ids, self._options.vocab_size, self._sources[source].documents.name)
+            yield part
 
     def _shuffled(self, source: int, epoch: int) -> tuple[ShuffledStream, Permutation]:
         """The row of documents of an epoch, and the order of its windows."""
@@ -221,7 +226,7 @@ class Loader:
             fim=None if masked else self._options.fim,
             span=self._options.length,
         )
-        return stream, Permutation(self._windows[source], key_of("windows", seed, source, epoch))
+        return stream, Permutation(int(self._windows[source]), key_of("windows", seed, source, epoch))
 
 
 def _windows_per_epoch(source: Source, length: int) -> int:

@@ -22,10 +22,14 @@ def key_of(*parts: int | str) -> int:
 
 def scatter(values: npt.NDArray[np.integer], key: int) -> npt.NDArray[np.uint64]:
     """Evenly spread 64-bit numbers, one for each value; another key gives others."""
-    mixed = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    mixed = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed += np.uint64(key)
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 class Permutation:
@@ -52,7 +56,7 @@ class Permutation:
         high, low = values >> self._low_bits, values & self._low
         for number, key in enumerate(self._keys):
             if number % 2:
-                low = low ^ (scatter(high, key) & self._low)
+                low ^= scatter(high, key) & self._low
             else:
-                high = high ^ (scatter(low, key) & self._high)
+                high ^= scatter(low, key) & self._high
         return (high << self._low_bits) | low
