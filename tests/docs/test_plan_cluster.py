@@ -1,8 +1,10 @@
 """`yuanmoe plan --cluster` as people and programs meet it."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from yuanmoe.cli import plan as plan_file
 from yuanmoe.cli.main import main
 from yuanmoe.plan.devices import DEVICES
+from yuanmoe.plan.machine import Rate
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -109,6 +112,18 @@ def test_machines_like_this_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     _, out, err = run("plan", "nano", "--cluster", "cpu", "--nodes", "4", "--global-batch", "64")
     assert last_line(out)["fits"] is True
     assert "nano on 4 x 24gib-2core, 64 x 512 tokens a step" in err
+
+
+def test_the_commands_of_the_documentation_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = Rate(median=33e9, low=33e9, high=33e9)
+    monkeypatch.setattr(plan_file, "measure_bandwidth", lambda: rate)
+    monkeypatch.setattr(plan_file, "measure_matmul", lambda: rate)
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    commands = [line for line in page.splitlines() if line.startswith("yuanmoe plan ")]
+    assert len(commands) >= 6
+    for command in commands:
+        code, out, _ = run(*shlex.split(command, comments=True)[1:])
+        assert (code, last_line(out)["command"]) == (0, "plan"), command
 
 
 @pytest.mark.parametrize(
