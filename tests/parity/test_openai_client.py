@@ -288,9 +288,7 @@ def decoded(pieces):
 def test_asynchronous_clients_at_once(server: Running) -> None:
     async def ask(client, place):
         prompt = f"def f{place}("
-        stream = await client.completions.create(
-            model=MODEL, prompt=prompt, max_tokens=8, temperature=0, stream=True
-        )
+        stream = await client.completions.create(model=MODEL, prompt=prompt, max_tokens=8, temperature=0, stream=True)
         return prompt, "".join([chunk.choices[0].text async for chunk in stream])
 
     async def ask_all():
@@ -307,9 +305,13 @@ def test_errors_are_the_client_s_own_classes(client) -> None:
     assert caught.value.type == "invalid_request_error"
     with pytest.raises(openai.NotFoundError, match=f"the model 'gpt-4' is not here; this server has '{MODEL}'"):
         chat(client, model="gpt-4")
-    with pytest.raises(openai.BadRequestError, match=rf"exceeds the model's context of {CONTEXT}.*\(max_tokens\)") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match=rf"exceeds the model's context of {CONTEXT}.*\(max_tokens\)"
+    ) as caught:
         complete(client, max_tokens=5000)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="unknown field 'temprature'; did you mean 'temperature'") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match="unknown field 'temprature'; did you mean 'temperature'"
+    ) as caught:
         chat(client, extra_body={"temprature": 1})
     assert caught.value.param == "temprature"

@@ -139,14 +139,18 @@ def _greet(console: Console, launched: "Launched", address: str, access: "Access
 
 
 def _end(console: Console, launched: "Launched") -> None:
-    """Leaves with what the end was: 0 where every answer was finished."""
-    left = launched.service.worker.load
-    if not left and launched.service.worker.failure is None:
-        return
-    console.print(f"ended with {left} unfinished answers" if left else "ended, as the engine had died")
-    sys.stdout.flush()
-    # The engine's thread may be inside a long step, and torch cannot be torn down under it.
-    os._exit(130 if launched.server.stopped_by == signal.SIGINT else 1)
+    """Leaves as the end was: 0 after answers were let finish, 130 where Ctrl-C cut them, 1 where the engine died."""
+    # Nothing is left to be interrupted.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker = launched.service.worker
+    code = 130 if launched.server.force_exit else 0 if worker.failure is None else 1
+    if code == 1:
+        console.print("the engine had died")
+    if worker.is_alive:
+        # It is in a long step, under which torch cannot be torn down.
+        sys.stdout.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 def api_key(

@@ -73,7 +73,6 @@ def create_app(service: Service, metrics: Metrics, access: Access) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        max_body_size=access.max_body_bytes,
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
         middleware=_middleware(access, metrics),
     )
@@ -91,6 +90,7 @@ def _middleware(access: Access, metrics: Metrics) -> list[Middleware]:
         keys=access.keys,
         anyone=access.anyone,
         local_only=access.local_only,
+        max_body_bytes=access.max_body_bytes,
         body_timeout_s=access.body_timeout_s,
         responded=metrics.responded,
     )
@@ -116,11 +116,11 @@ def _add_errors(app: FastAPI) -> None:
 
     def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = str(error.detail)
-        if error.status_code in (404, 405):
-            message = f"{request.method} {request.url.path}: {message}; /openapi.json lists what there is"
-        if error.status_code == 413:
-            message = "the body is larger than this server takes (--max-body)"
+        if isinstance(error.__cause__, ApiError):  # of the gate, while the body was read
+            return error_response(error.__cause__)
+        message = f"{request.method} {request.url.path}: {error.detail}; /openapi.json lists what there is"
+        if error.status_code == 400:
+            message = f"the body cannot be read: {type(error.__cause__).__name__}: {error.__cause__}"
         answer = error_response(ApiError(error.status_code, message))
         answer.headers.update(error.headers or {})
         return answer

@@ -92,7 +92,8 @@ def _named_field(message: str) -> str | None:
 
 def invalid_body(errors: Sequence[Any], body: Any, fields: Iterable[str] = ()) -> ApiError:
     """What pydantic found, as one error that names the field; `fields` are those a misspelt name may have meant."""
-    first = errors[0]
+    # Of the branches of a union, the one that got furthest is what was meant.
+    first = max(errors, key=lambda error: len(_path(error, body)))
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     path = _path(first, body)

@@ -53,6 +53,7 @@ class Gate:
         keys: ApiKeys,
         anyone: Client,
         local_only: bool,
+        max_body_bytes: int,
         body_timeout_s: float,
         responded: Callable[[int], None],
     ) -> None:
@@ -65,6 +66,7 @@ class Gate:
         self._keys = keys
         self._anyone = anyone
         self._check_host = local_only and not len(keys)
+        self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
         self._responded = responded
         self._uses: dict[str, _Use] = {}
@@ -82,7 +84,7 @@ class Gate:
         if client is None or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        await self._counted(client, scope, self._impatient(receive), send)
+        await self._counted(client, scope, self._bounded(receive), send)
 
     def _client(self, scope: Scope) -> Client | None:
         """Who asks; None where nobody needs to be known. Raises ApiError for strangers."""
@@ -148,25 +150,30 @@ class Gate:
             )
         use.tokens -= 1
 
-    def _impatient(self, receive: Receive) -> Receive:
-        """Ends a request whose body does not arrive."""
-        read = False
+    def _bounded(self, receive: Receive) -> Receive:
+        """Ends a request whose body is too large, or does not arrive."""
+        size, whole = 0, False
 
-        async def receive_in_time() -> Message:
-            nonlocal read
-            if read:
+        async def receive_some() -> Message:
+            nonlocal size, whole
+            if whole:
                 return await receive()
             try:
                 async with asyncio.timeout(self._body_timeout_s):
                     message = await receive()
             except TimeoutError:
+                waited = f"the body did not arrive within {self._body_timeout_s:g} s"
+                raise ApiError(408, waited, code="body_timeout") from None
+            size += len(message.get("body", b""))
+            if size > self._max_body_bytes:
                 raise ApiError(
-                    408, f"the body did not arrive within {self._body_timeout_s:g} s", code="body_timeout"
-                ) from None
-            read = message["type"] != "http.request" or not message.get("more_body", False)
+                    413,
+                    f"the body is larger than the {self._max_body_bytes:,} bytes that this server takes (--max-body)",
+                )
+            whole = not message.get("more_body", False)
             return message
 
-        return receive_in_time
+        return receive_some
 
     def _labelled(self, send: Send) -> Send:
         async def send_with_headers(message: Message) -> None:

@@ -4,7 +4,9 @@ The first SIGTERM or Ctrl-C stops taking requests and lets those inside finish, 
 stops at once.
 """
 
+import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -18,6 +20,8 @@ from yuanmoe.errors import UsageError
 from yuanmoe.serve.worker import EngineWorker
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAST_WORDS_S = 3
+"""After the time to finish: for telling those that were not."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -52,12 +56,11 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 lifespan="on",
-                timeout_graceful_shutdown=drain_s,
+                timeout_graceful_shutdown=drain_s + LAST_WORDS_S,
             )
         )
         self._worker = worker
-        self.stopped_by: int | None = None
-        """The last signal that came."""
+        self._drain_s = drain_s
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -73,8 +76,15 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.stopped_by = sig
         self._worker.draining = True
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
+            # Tasks that are cut would each print a traceback.
+            logging.getLogger("uvicorn.error").disabled = True
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for answers, and ends with an error those that take too long."""
+        timer = asyncio.get_running_loop().call_later(self._drain_s, self._worker.abandon)
+        await super().shutdown(sockets)
+        timer.cancel()

@@ -157,6 +157,11 @@ class EngineWorker:
         await asyncio.to_thread(self._thread.join, timeout_s)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def load(self) -> int:
         """Requests inside."""
         return len(self._places) + sum(self._asking.values())
@@ -166,7 +171,7 @@ class EngineWorker:
         if self.failure is not None:
             raise self._dead()
         if self.draining:
-            raise UnavailableError("the server is shutting down; ask another one", code="shutting_down")
+            raise _shutting_down()
         if self.load + num_requests > self._capacity:
             raise UnavailableError(
                 f"{self.load} sequences are inside or wait, {num_requests} more would exceed the {self._capacity} that "
@@ -285,17 +290,29 @@ class EngineWorker:
             job.wake()
         self._ready.clear()
 
+    def abandon(self) -> None:
+        """Ends everything inside with an error: the process cannot wait any longer."""
+        self.draining = True
+        self._end_all(_shutting_down())
+
     def _die(self, error: BaseException) -> None:
         self.failure = error
+        self._end_all(self._dead())
+
+    def _end_all(self, error: UnavailableError) -> None:
         for answer in self._asking:
-            _refuse(answer, self._dead())
+            _refuse(answer, error)
         for job in {place.job for place in self._places.values()}:
-            job.fail(self._dead())
+            job.fail(error)
             job.wake()
         self._places.clear()
 
     def _dead(self) -> UnavailableError:
         return UnavailableError(f"the engine has died ({self.failure!r}); restart the server", code="engine_dead")
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("the server is shutting down; ask another one", code="shutting_down")
 
 
 def _refuse(answer: asyncio.Future[None], error: Exception) -> None:

@@ -56,15 +56,20 @@ async function meetServer(openSettings) {
   }
 }
 
-/** What the buttons of messages do. */
+/** What the buttons of messages do. Those that go away with what they do leave the focus where one would type next. */
 function messageActions(openSettings) {
+  const thenType = (run) => (...subject) => {
+    run(...subject);
+    // A touch screen would bring up its keyboard.
+    if (matchMedia("(hover: hover)").matches) byId("question").focus();
+  };
   return {
-    edit: (question, text) => session.edit(question, text),
-    regenerate: (answer) => session.regenerate(answer),
-    retry: (answer) => session.regenerate(answer),
-    goOn: (answer) => session.write(answer),
+    edit: thenType((question, text) => session.edit(question, text)),
+    regenerate: thenType((answer) => session.regenerate(answer)),
+    retry: thenType((answer) => session.regenerate(answer)),
+    goOn: thenType((answer) => session.write(answer)),
     choose: (message) => session.choose(message),
-    newConversation: () => session.create(),
+    newConversation: thenType(() => session.create()),
     openSettings: (answer) => openSettings(answer.error?.param),
     enterKey: () => openSettings("key"),
   };

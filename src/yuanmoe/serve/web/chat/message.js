@@ -35,7 +35,11 @@ class QuestionView {
       this.foot.hidden = false;
       this.foot.querySelector("button:last-child")?.focus();
     };
-    const send = () => area.value.trim() && this.actions.edit(this.message, area.value.trim());
+    const send = () => {
+      if (!area.value.trim()) return;
+      close();
+      this.actions.edit(this.message, area.value.trim());
+    };
     const buttons = [
       el("button", { type: "button", className: "quiet", t: "cancel", on: { click: close } }),
       el("button", { type: "submit", className: "primary", t: "send" }),
