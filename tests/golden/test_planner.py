@@ -40,7 +40,15 @@ def test_decode_is_bound_by_the_bytes_it_reads() -> None:
     assert speed.bytes_read == 2_213_982_208 + 147_456
     assert speed.bound == pytest.approx(33e9 / speed.bytes_read)
     assert speed.limited_by == "bandwidth"
-    assert 1 / speed.predicted == pytest.approx(2 / speed.bound + 24 * 0.5e-3)
+    assert 1 / speed.predicted == pytest.approx(1.25 / speed.bound + 24 * 0.5e-3)
+
+
+def test_the_prediction_beside_a_measured_token() -> None:
+    # docs/log.md: two layers without a head to speak of, 25.0 GB/s of read bandwidth, 30.9 ms (28.0 to 42.7).
+    cores = dataclasses.replace(TWO_CORES, bandwidth=25e9)
+    config = M32.replace(num_hidden_layers=2, vocab_size=1024, eod_token_id=0, sep_token_id=1, pad_token_id=2)
+    speed = planner.decode(Load(config=config, bits=16, context=256), cores)
+    assert 1e3 / speed.predicted == pytest.approx(30.9, rel=0.05)
 
 
 def test_prefill_is_bound_by_flops() -> None:

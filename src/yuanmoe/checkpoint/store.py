@@ -103,6 +103,21 @@ def open_checkpoint(path: Path | str, *, ignore_unknown: bool = False) -> Source
     return _open_official(path, "gptq", fields, unpacked, values, ignore_unknown)
 
 
+def read_config(path: Path) -> tuple[ModelConfig, Precision | None]:
+    """What a directory's model is and how it is quantized; from config.json alone, whose weights need not be there.
+
+    Megatron shards without a config.json are opened: they carry their sizes themselves. Raises what opening does.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        return open_checkpoint(path).config, None
+    values = read_json(file)
+    if values.get("format") != FORMAT:
+        return ModelConfig.from_dict(official_fields(values, ignore_unknown=True)), None
+    precision = read_record(file, values["quantization"]) if "quantization" in values else None
+    return read_native_config(file, values)[0], precision
+
+
 def _quantize_config(path: Path) -> dict[str, Any]:
     file = path / "quantize_config.json"
     return read_json(file) if file.is_file() else {}

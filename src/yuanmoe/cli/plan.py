@@ -95,34 +95,18 @@ def _refuse(ctx: typer.Context, options: tuple[str, ...], reason: str) -> None:
 def read_model(model: str) -> tuple[str, ModelConfig, cost.Precision | None]:
     """A name and a configuration: of a preset, or of a checkpoint directory of any format, and how it is quantized.
 
-    Where there is a config.json only that is read. Raises UsageError when it is neither, and what opening a checkpoint
-    raises.
+    Raises UsageError when it is neither, and what opening a checkpoint raises.
     """
     directory = Path(model)
     if directory.is_dir():
-        return directory.resolve().name, *_read_config(directory)
+        # Checkpoints know torch's dtypes, and importing torch takes seconds; a preset needs none of it.
+        from yuanmoe.checkpoint.store import read_config
+
+        return directory.resolve().name, *read_config(directory)
     name = ALIASES.get(model.lower(), model.lower())
     if name not in PRESETS:
         raise UsageError(f"{model!r} is neither a directory nor a preset; presets: {', '.join(PRESETS)}")
     return name, preset(name), None
-
-
-def _read_config(directory: Path) -> tuple[ModelConfig, cost.Precision | None]:
-    # These know torch's dtypes, and importing torch takes seconds; a preset needs none of it.
-    from yuanmoe.checkpoint.json_file import read_json
-    from yuanmoe.checkpoint.native_config import FORMAT, read_native_config
-    from yuanmoe.checkpoint.official_config import official_fields
-    from yuanmoe.checkpoint.packed_weight import read_record
-    from yuanmoe.checkpoint.store import open_checkpoint
-
-    path = directory / "config.json"
-    if not path.exists():
-        return open_checkpoint(directory).config, None  # Megatron shards carry their sizes themselves
-    values = read_json(path)
-    if values.get("format") == FORMAT:
-        stored = read_record(path, values["quantization"]) if "quantization" in values else None
-        return read_native_config(path, values)[0], stored
-    return ModelConfig.from_dict(official_fields(values, ignore_unknown=True)), None
 
 
 def _device(name: str | None, ram: str | None) -> Device:

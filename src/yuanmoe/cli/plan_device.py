@@ -155,7 +155,8 @@ def _show_speed(report: dict[str, Any], console: Console) -> None:
     rows.append(["prefill", "", _rate(reading), "", reading["limited_by"] if reading else "", ""])
     print_table(console, "Tokens a second: predicted / roofline bound", columns, rows)
     console.print(
-        f"Predicted: kernels at {EXPECTED_SHARE:.0%} of the bound, and {1e3 * LAYER_S:.1f} ms a layer for Python.\n"
+        f"Predicted: kernels at {EXPECTED_SHARE['bandwidth']:.0%} of the bound where bandwidth limits them and at "
+        f"{EXPECTED_SHARE['compute']:.0%} where compute does, and {1e3 * LAYER_S:.1f} ms a layer for Python.\n"
     )
 
 

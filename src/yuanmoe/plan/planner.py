@@ -28,9 +28,10 @@ PREFILL_TOKENS = 2048
 SHORTEST_CONTEXT = 256
 """A context below this is no remedy: question and answer must fit."""
 
-EXPECTED_SHARE = 0.5
-"""Share of the bound that kernels are predicted to reach. Measured with torch 2.13 on two AVX-512 cores: bf16
-matrix-vector products read 17 of 33 GB/s, int4 ones 17 to 20. For prefill and other devices it is a guess."""
+EXPECTED_SHARE = {"bandwidth": 0.8, "compute": 0.5}
+"""Share of the bound that kernels are predicted to reach, by what limits them. Bandwidth: with `LAYER_S` it gives
+29.6 ms for a token through two M32 layers in bf16 on two Zen 3 cores, where 30.9 were measured (docs/log.md). Compute,
+and all of other devices, is a guess."""
 
 LAYER_S = 0.5e-3
 """Seconds that a layer takes however small it is, in Python and in starting kernels; 0.5 to 0.8 ms measured with
@@ -158,10 +159,11 @@ def _roofline(load: Load, device: Device, tokens: int, bytes_read: float, flops:
     read_s = bytes_read / device.bandwidth
     compute_s = flops / peak if peak else 0.0
     bound_s = max(read_s, compute_s)
+    limited_by = "compute" if compute_s > read_s else "bandwidth"
     return Speed(
         bound=tokens / bound_s,
-        predicted=tokens / (bound_s / EXPECTED_SHARE + load.config.num_hidden_layers * LAYER_S),
-        limited_by="compute" if compute_s > read_s else "bandwidth",
+        predicted=tokens / (bound_s / EXPECTED_SHARE[limited_by] + load.config.num_hidden_layers * LAYER_S),
+        limited_by=limited_by,
         bytes_read=bytes_read,
     )
 
