@@ -25,9 +25,7 @@ SLOW_S = 0.02
 def processes():
     """Children that have torch already: each starts in a moment, and can be killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["small_runs", "yuanmoe.cli.training", "yuanmoe.cli.train", "torch.utils.tensorboard"]
-    )
+    context.set_forkserver_preload(["small_runs", "yuanmoe.cli.train", "torch.utils.tensorboard", "torch._dynamo"])
     return context
 
 
@@ -92,7 +90,7 @@ def assert_same_run(one, other):
             assert tensor.equal(second[key]), key
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(seed, processes, data, whole, tmp_path):
     chance, folder, options = random.Random(seed), tmp_path / "run", ()
     for _ in range(3):

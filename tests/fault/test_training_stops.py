@@ -1,0 +1,270 @@
+"""Steps that must not be taken and checkpoints that cannot be written: said with the numbers, and nothing is lost."""
+
+import dataclasses
+import errno
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from small_runs import BATCH, LENGTH, TINY, arguments, batches, recipe, training, write_tokens
+from small_tokenizers import bpe
+from yuanmoe.checkpoint import writer
+from yuanmoe.checkpoint.native_config import Origin
+from yuanmoe.cli import main, training_view
+from yuanmoe.cli.training import Job, run_training
+from yuanmoe.config import preset
+from yuanmoe.data.shards import write_shard
+from yuanmoe.errors import CheckpointError, DataError, ResourceError, TokenizerError, TrainingError
+from yuanmoe.runs import read_metrics
+from yuanmoe.train import guard, loop
+from yuanmoe.train.checkpoint import Checkpoints, newest, read_facts, read_tensors, snapshot, steps, surplus
+from yuanmoe.train.data import open_data
+from yuanmoe.train.meter import read
+from yuanmoe.train.recipes import named
+from yuanmoe.train.settings import override
+from yuanmoe.train.start import new_model
+
+BAD_STEP = 7
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+def job(data, folder, *settings, **changes):
+    made = override(named("nano"), (*TINY, *settings))
+    console = Console(file=(folder.parent / "seen").open("w"), width=200)
+    opened = open_data(data, made)
+    return Job(model=new_model(made), recipe=made, data=opened, folder=folder, console=console, **changes)
+
+
+def seen(folder):
+    return " ".join((folder.parent / "seen").read_text().split())
+
+
+# --- losses that must not be learned from -----------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, **fields):
+    """The step after `BAD_STEP` steps sees this loss."""
+    learn = loop.learn
+    calls = []
+
+    def spoiled(*args):
+        calls.append(args)
+        learned = learn(*args)
+        return dataclasses.replace(learned, **fields) if len(calls) == BAD_STEP + 1 else learned
+
+    monkeypatch.setattr(loop, "learn", spoiled)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_with_the_state_before_it(value, monkeypatch, data, tmp_path):
+    spoil(monkeypatch, loss=torch.tensor(value))
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingError) as caught:
+        run_training(job(data, folder))
+    said = str(caught.value)
+    assert f"step 8: the loss is {value}; gradient norm " in said
+    assert "batch 7, where the windows with the highest loss are " in said
+    assert f"The state before it is saved in {folder}/checkpoints/step-7; --resume goes on from there" in said
+    assert len(read_metrics(folder)) == BAD_STEP
+    monkeypatch.undo()
+    again = job(data, folder, resumed_from=newest(folder / "checkpoints"))
+    whole = job(data, tmp_path / "whole")
+    again.model.load_state_dict(weights(folder))
+    run_training(again)
+    run_training(whole)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def weights(folder):
+    return load_file(newest(folder / "checkpoints") / "model.safetensors")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing():
+    made = training(recipe())
+    made.advance()
+    before = {name: parameter.clone() for name, parameter in made.model.named_parameters()}
+    made.model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match=r"step 2: the gradient is not finite; gradient norm (inf|nan); batch 1"):
+        made.advance()
+    assert made.step == 1
+    for name, parameter in made.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_a_spike_is_told_from_noise():
+    calm = [3.0, 3.2] * 8
+    assert "the loss is 5.300, more than 2.0 above the mean of the last steps, 3.100" in guard.fault(5.3, 1, calm, 2.0)
+    assert not guard.fault(5.0, 1.0, calm, 2.0)
+    assert not guard.fault(9.0, 1.0, calm[: guard.CALM_STEPS - 1], 2.0)
+    assert not guard.fault(9.0, 1.0, calm, None)
+
+
+def test_the_windows_to_blame_are_named_worst_first():
+    said = str(guard.failure(9, 8, "the loss is nan", 2.5, [1.0, 7.0, math.nan, 2.0, 3.0, 0.5]))
+    assert "2 (loss nan), 1 (loss 7.000), 4 (loss 3.000), 3 (loss 2.000)." in said
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_read_back_is_the_state(tmp_path):
+    made = training(recipe(dtype="bfloat16", model=preset("tiny", vocab_size=64, router_bias=True)))
+    for _ in range(3):
+        made.advance()
+    with Checkpoints(tmp_path, keep_last=1) as kept:
+        kept.save(snapshot(made.model, made.tensors(), made.facts(), Origin()))
+        place = kept.finish()
+    tensors = read_tensors(place)
+    assert {name.partition(".")[0] for name in tensors} == {"master", "exp_avg", "exp_avg_sq", "router_bias"}
+    for name, tensor in made.tensors().items():
+        assert torch.equal(tensors[name], tensor), name
+    again = training(made.recipe)
+    again.model.load_state_dict(made.model.state_dict())
+    again.load(tensors, read_facts(place))
+    for _ in range(2):
+        expected, found = made.advance(), again.advance()
+        assert (found.loss, found.gradient_norm, found.load) == (expected.loss, expected.gradient_norm, expected.load)
+    for one, other in zip(made.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_training_goes_on_while_a_snapshot_is_written(tmp_path):
+    made = training(recipe())
+    made.advance()
+    taken = snapshot(made.model, made.tensors(), made.facts(), Origin())
+    before = made.model.state_dict()["model.norm.weight"].clone()
+    made.advance()
+    assert torch.equal(taken.weights["model.norm.weight"], before)
+    assert not torch.equal(made.model.state_dict()["model.norm.weight"], before)
+    assert taken.step == 1
+
+
+def full_disk(monkeypatch, *bad):
+    """Writing these files by their number, from 0, finds no room."""
+    write, calls = writer.write_safetensors, []
+
+    def limited(path, *args, **options):
+        calls.append(path)
+        if len(calls) - 1 in bad:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, *args, **options)
+
+    monkeypatch.setattr(writer, "write_safetensors", limited)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(monkeypatch, data, tmp_path):
+    full_disk(monkeypatch, 3)
+    folder = tmp_path / "run"
+    run_training(job(data, folder, "run.checkpoint_steps=4", "run.keep_last=9"))
+    # Two files each: the second of step 8 had no room.
+    assert steps(folder / "checkpoints") == [4, 10, 12, 16, 20]
+    assert not list((folder / "checkpoints").glob("*.partial"))
+    said = seen(folder)
+    assert "a checkpoint was not written: the disk is full: No space left on device" in said
+    assert "the last good one is step-4. Training goes on and tries again at the next" in said
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(monkeypatch, data, tmp_path):
+    full_disk(monkeypatch, *range(2, 40))
+    with pytest.raises(ResourceError, match="the disk is full: No space left on device"):
+        run_training(job(data, tmp_path / "run"))
+    assert steps(tmp_path / "run" / "checkpoints") == [10]
+    assert len(read_metrics(tmp_path / "run")) == 20
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    for name in ("step-4.partial", "step-2.dropped", "step-3", "notes"):
+        (tmp_path / name).mkdir()
+    with Checkpoints(tmp_path, keep_last=1):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-3"]
+
+
+def test_the_newest_and_the_best_stay():
+    facts = {step: {"heldout_loss": loss} for step, loss in {2: 3.0, 4: 1.0, 6: None, 8: 2.0, 10: None}.items()}
+    assert surplus(facts, 2) == [2, 6]
+    assert surplus({2: {}, 4: {}}, 1) == [2]
+    assert surplus({}, 1) == []
+
+
+def test_a_checkpoint_that_no_training_wrote_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no training.json: no training run wrote it.*--init"):
+        read_facts(tmp_path)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_data_that_cannot_be_trained_on_is_refused(data, tmp_path):
+    made = override(named("nano"), TINY)
+    with pytest.raises(DataError, match=r"train\.json is missing"):
+        open_data(tmp_path, made)
+    with pytest.raises(TokenizerError, match="the model's vocabulary ends at 99"):
+        open_data(data, override(made, ["model.vocab_size=100"]))
+    other = write_tokens(tmp_path / "other")
+    index = json.loads((other / "train.json").read_text())
+    (other / "train.json").write_text(json.dumps(index | {"vocab_size": 9}))
+    with pytest.raises(
+        DataError, match=r"holds tokens of a vocabulary of 9, its tokenizer has \d+; pack the text again"
+    ):
+        open_data(other, made)
+    write_shard(tmp_path / "other" / "train", ["short"], bpe())
+    with pytest.raises(DataError, match="tokens are too few for batches of 4 windows of 16"):
+        open_data(other, made)
+    for name in ("heldout.json", "heldout.bin"):
+        (data / name).rename(tmp_path / name)
+    assert open_data(data, made).heldout is None
+    for name in ("heldout.json", "heldout.bin"):
+        (tmp_path / name).rename(data / name)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "nano"], "there is nothing to train on: name a folder of packed tokens with --data"),
+        (["train", "nan"], "unknown recipe 'nan'; did you mean nano? Recipes: nano, small"),
+        (["train", "nano", "--set", "data.batchsize=1"], "did you mean data.batch_size?"),
+        (["train", "nano", "--init", "nowhere"], "nowhere does not exist"),
+        (["train", "nano", "--data", "nowhere"], "is missing, so there are no finished tokens"),
+    ],
+)
+def test_wrong_calls_are_said_in_a_line(args, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["yuanmoe", *args])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_beyond_this_machine_is_refused_before_it_is_made(monkeypatch, capsys, data, tmp_path):
+    huge = arguments(data, tmp_path / "run", settings=("model.num_experts=1024", "model.moe_intermediate_size=900000"))
+    monkeypatch.setattr("sys.argv", ["yuanmoe", *huge])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert "for weights, gradients and moments" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_display_says_what_ctrl_c_does():
+    console = Console(width=120)
+    view = training_view.TrainingView(console=console, peak_flops=1.0, hint="Ctrl-C saves and stops")
+    progress = next(iter(training(recipe())))
+    reading = read([progress], recipe())
+    with console.capture() as captured:
+        console.print(view._panel(progress, reading))
+    assert "Ctrl-C saves and stops" in captured.get()
+
+
+def test_batches_are_functions_of_their_numbers():
+    made = recipe()
+    assert (batches(made)(5) == batches(made)(5)).all()
+    assert batches(made)(5).shape == (BATCH, LENGTH + 1)
