@@ -61,7 +61,8 @@ def test_weights_gradients_and_optimizer_of_the_published_layout() -> None:
     # The first stage holds the inputs of 3 layers for 8 micro-batches in flight, the last for one.
     kept = 3 * 2 * 4096 * 2 * 2048
     assert plan.memory[0].activations - plan.memory[7].activations == 7 * kept
-    assert plan.peak_bytes > 80 * GIB, "the published script trained on larger devices, or sharded after all"
+    # More than 80 GiB: the published script ran on larger devices, or sharded after all.
+    assert plan.peak_bytes / GIB == pytest.approx(94.2, abs=0.1)
     sharded = nearest(dataclasses.replace(asked, words=("pp8", "ep1", "optimizer", "mb2", "full")))
     assert sharded.memory[3].optimizer == 36 * layer / 12
     spread = nearest(dataclasses.replace(asked, words=("pp8", "ep4", "replicated", "mb2", "full")))
@@ -86,7 +87,7 @@ def test_m32_needs_a_little_more_than_eight_gpus() -> None:
     assert rank(asked) == []
     plan = nearest(asked)
     assert plan.layout.words == ("dp8", "pp1", "ep8", "fsdp", "mb1", "full")
-    assert 80 * GIB < plan.peak_bytes < 84 * GIB
+    assert plan.peak_bytes / GIB == pytest.approx(82.6, abs=0.1)
     assert remedies(asked, plan) == ["--nodes 2", "devices with 83 GiB", "--cluster 8xh200"]
     assert rank(request("ep8", "fsdp", "full", nodes=2, batch=1024))
     assert rank(request("ep8", "fsdp", "full", name="h200", nodes=1, batch=1024))

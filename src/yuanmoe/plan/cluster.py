@@ -2,7 +2,7 @@
 
 The schedule is 1F1B: stage p of P holds P - p micro-batches in flight, and a step takes one micro-batch through every
 stage and then the slowest stage for each of the others; for equal stages that is T0 + T1 of the paper (`paper.py`).
-Nothing overlaps but FSDP's exchange with computing, as the paper reckons.
+Nothing overlaps, as the paper reckons, but FSDP's exchange with computing.
 """
 
 import math
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from yuanmoe.plan import cost, paper
+from yuanmoe.plan.cost import STATE_BYTES
 from yuanmoe.plan.layout import Layout, Training, check_stages, find_layouts
 from yuanmoe.plan.nodes import Cluster
-from yuanmoe.plan.parts import STATE_BYTES, Case, Part, total
+from yuanmoe.plan.parts import Case, Part, total
 from yuanmoe.plan.split import Demand, possible, spans, split
 
 
@@ -227,7 +228,7 @@ def equation_4_s(request: Request, layout: Layout) -> float:
         data=layout.data,
         flops_per_s=cluster.flops_per_s,
         link=cluster.link,
-        network=cluster.network(1) if cluster.wires.shared else cluster.network(1) * cluster.devices_per_node,
+        network=cluster.network(cluster.devices_per_node) * cluster.devices_per_node,
     )
     return paper.without_tensor_parallel(step).total
 

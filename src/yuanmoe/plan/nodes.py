@@ -100,7 +100,7 @@ class Cluster:
     @property
     def flops_per_s(self) -> float:
         """What one device keeps up in matrix products."""
-        assert self.device.bf16_flops is not None, "find_cluster lets no other device pass"
+        assert self.device.bf16_flops is not None, "parse_cluster knows no such device"
         return self.device.bf16_flops * self.matmul_share
 
     @property
