@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import math
 
@@ -38,13 +39,13 @@ def data(tmp_path_factory):
 
 def job(data, folder, *settings, **changes):
     made = override(named("nano"), (*TINY, *settings))
-    console = Console(file=(folder.parent / "seen").open("w"), width=200)
+    console = Console(file=io.StringIO(), width=200)
     opened = open_data(data, made)
     return Job(model=new_model(made), recipe=made, data=opened, folder=folder, console=console, **changes)
 
 
-def seen(folder):
-    return " ".join((folder.parent / "seen").read_text().split())
+def seen(console):
+    return " ".join(console.file.getvalue().split())
 
 
 # --- losses that must not be learned from -----------------------------------------------------------------------------
@@ -166,11 +167,12 @@ def full_disk(monkeypatch, *bad):
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(monkeypatch, data, tmp_path):
     full_disk(monkeypatch, 3)
     folder = tmp_path / "run"
-    run_training(job(data, folder, "run.checkpoint_steps=4", "run.keep_last=9"))
+    made = job(data, folder, "run.checkpoint_steps=4", "run.keep_last=9")
+    run_training(made)
     # Two files each: the second of step 8 had no room.
     assert steps(folder / "checkpoints") == [4, 10, 12, 16, 20]
     assert not list((folder / "checkpoints").glob("*.partial"))
-    said = seen(folder)
+    said = seen(made.console)
     assert "a checkpoint was not written: the disk is full: No space left on device" in said
     assert "the last good one is step-4. Training goes on and tries again at the next" in said
 
