@@ -130,6 +130,18 @@ def test_the_papers_example_of_unequal_stages(micro_batch: int, equal: float, ch
     assert candidate.plan((3,) * 8).peak_bytes / 1e9 == pytest.approx(equal, abs=0.1)
 
 
+def test_the_published_stages_of_102b_are_equally_full() -> None:
+    """2 x 10, 3 x 20, 2, 2 layers with full checkpointing and a sharded optimizer (official script), 96 devices."""
+    training = Training(config=preset("102b"), sequence_length=4096, global_batch=1152)
+    cluster = cluster_of("a100-80")
+    layout = Layout(data=3, stages=32, experts=1, sharding="optimizer", micro_batch=1, checkpointing="full")
+    candidate = Candidate(Case(training=training, cluster=cluster, layout=layout))
+    memory = candidate.plan((*[2] * 10, *[3] * 20, 2, 2)).memory
+    # The embedding is worth a layer of the first stage, head and loss one of the last.
+    ends = [memory[stage].total / memory[10].total for stage in (0, 31)]
+    assert ends == pytest.approx([1, 1], abs=0.03)
+
+
 def test_a_published_run_of_another_model() -> None:
     """Megatron-Core's Mixtral 8x7B on 64 H100: 468 TFLOP/s a GPU, 47 % of peak, in this layout with 8 stages each."""
     config = ModelConfig(

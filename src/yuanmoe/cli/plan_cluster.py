@@ -206,4 +206,5 @@ def _seconds(seconds: float) -> str:
         return "-"
     if seconds >= 100:
         return f"{seconds:,.1f} s"
-    return f"{seconds:#.3g} s" if seconds >= 1 else f"{1e3 * seconds:#.3g} ms"
+    value, unit = (seconds, "s") if seconds >= 1 else (1e3 * seconds, "ms")
+    return f"{value:#.3g}".rstrip(".") + f" {unit}"
