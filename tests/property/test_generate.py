@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from small_models import EOD, VARIANTS, VOCABULARY, random_ids, random_model, small_config
-from yuanmoe.engine.generate import Generation, chunks
+from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.engine.score import score, windows
 from yuanmoe.errors import ContextLengthError, UsageError
@@ -55,18 +55,6 @@ def test_neighbours_order_and_chunks_change_nothing(lengths, chunk_size, sampled
     alone = [ids(say(model, [prompts[row]], settings_of[row])[0]) for row in order]
     together = say(model, [prompts[r] for r in order], [settings_of[r] for r in order], chunk_size=chunk_size)
     assert [ids(tokens) for tokens in together] == alone
-
-
-def test_chunks_cover_every_prompt_within_the_limit():
-    assert list(chunks([5, 0, 3], 4)) == [[4, 0, 0], [1, 0, 3]]
-
-
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5), chunk_size=st.integers(1, 50))
-def test_chunks_are_full_until_the_last(lengths, chunk_size):
-    passes = list(chunks(lengths, chunk_size))
-    assert [sum(counts) for counts in zip(*passes, strict=True)] == lengths
-    assert all(sum(counts) == chunk_size for counts in passes[:-1])
-    assert 0 < sum(passes[-1]) <= chunk_size
 
 
 def test_a_stop_token_is_the_last_and_the_others_go_on():

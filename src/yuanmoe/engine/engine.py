@@ -146,7 +146,7 @@ class Engine:
             generated_tokens=self._generated_tokens,
             reused_tokens=schedule.reused_tokens,
             preemptions=schedule.preemptions,
-            expert_load=self._runner.expert_load,
+            expert_load=self._runner.load.counts(),
         )
 
     def _choose(self, sequences: list[Sequence], done: Pass) -> list["_Choice"]:

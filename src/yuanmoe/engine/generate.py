@@ -1,9 +1,7 @@
 """A batch of prompts continued together: token ids in, one event a token out.
 
-Prompts are read in passes of a bounded number of tokens, only the last hidden state of each meets the output head, and
-a sequence that is finished leaves the batch. Sequences of any lengths share the passes without padding, so each is
-computed as if it were alone. Not here: text (`yuanmoe.lm`), sequences that join a running batch.
-Legend: B sequences, D hidden, V vocabulary, L layers with experts, K chosen.
+A thin user of the engine: all requests are there from the start, and each sequence has one page as long as it can get.
+Not here: text (`yuanmoe.lm`), sequences that join a running batch (`engine.py`).
 """
 
 import time
@@ -11,15 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from yuanmoe.engine.requests import FinishReason, TokenRouting
-from yuanmoe.engine.sampling import Sampler, SamplingParams, require_numbers, sample
-from yuanmoe.errors import ContextLengthError, UsageError
-from yuanmoe.model.cache import Cache
+from yuanmoe.engine.engine import Engine
+from yuanmoe.engine.requests import FinishReason, Output, Request, TokenRouting, max_length
+from yuanmoe.engine.sampling import SamplingParams
+from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.router import Routing
 from yuanmoe.plan.planner import PREFILL_TOKENS
 
 
@@ -43,9 +37,9 @@ class Timing:
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
-    """From the start to the first token of every sequence."""
+    """In passes that read prompts: from the start to the first token of every sequence."""
     decode_tokens: int = 0
-    """Without the first of every sequence."""
+    """Of the passes after those."""
     decode_s: float = 0.0
 
     @property
@@ -55,31 +49,6 @@ class Timing:
     @property
     def decode_tokens_per_s(self) -> float:
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
-
-
-@dataclass(slots=True, kw_only=True)
-class _Sequence:
-    index: int
-    prompt_ids: Sequence[int]
-    max_new_tokens: int
-    sampler: Sampler
-    num_generated: int = 0
-    last_id: int = -1
-    finished: bool = False
-    """By its own last token."""
-    stopped: bool = False
-    """From outside."""
-
-    def accept(self, token_id: int, logprob: float) -> Token:
-        self.num_generated += 1
-        self.last_id = token_id
-        reason: FinishReason | None = None
-        if token_id in self.sampler.params.stop_ids:
-            reason = "stop"
-        elif self.num_generated == self.max_new_tokens:
-            reason = "length"
-        self.finished = reason is not None
-        return Token(self.index, token_id, logprob, reason)
 
 
 class Generation:
@@ -99,7 +68,7 @@ class Generation:
         vocab_size: int | None = None,
         routing: bool = False,
     ) -> None:
-        """`params` for all prompts or for each; `chunk_size` bounds the prompt tokens of one pass.
+        """`params` for all prompts or for each; `chunk_size` bounds the tokens of one pass, but for one a prompt.
 
         `vocab_size` is the tokenizer's, where the model has more rows: those are never sampled. Raises UsageError and
         ContextLengthError here, before anything is computed.
@@ -110,16 +79,29 @@ class Generation:
             params = [params or SamplingParams()] * len(prompts)
         if not prompts or len(params) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts and {len(params)} sets of sampling parameters; give one for each")
-        self._model = model
-        # Activations have the dtype of the norms, whatever the precision of the matrices.
-        self._norm = model.model.norm.weight
-        self._vocab_size = vocab_size or model.config.vocab_size
-        self._chunk_size = chunk_size
-        self._routing = routing
-        numbered = enumerate(zip(prompts, params, strict=True))
-        self._sequences = [self._sequence(index, prompt, settings) for index, (prompt, settings) in numbered]
-        self._live = list(self._sequences)
-        self._tokens = self._run()
+        vocab_size = vocab_size or model.config.vocab_size
+        context = model.config.max_position_embeddings
+        longest = max(
+            max_length(prompt, each.max_new_tokens, vocab_size, context, f"prompt {index}")
+            for index, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+        )
+        self._engine = Engine(
+            model,
+            vocab_size=vocab_size,
+            cache_tokens=len(prompts) * longest,
+            page_size=longest,
+            max_batch_size=len(prompts),
+            step_tokens=max(chunk_size, len(prompts)),
+        )
+        requests = [
+            Request(prompt_ids=prompt, params=each, routing=routing)
+            for prompt, each in zip(prompts, params, strict=True)
+        ]
+        # Ids of a new engine's requests count from 0, like the prompts.
+        self._unread = {self._engine.submit(request) for request in requests}
+        self._stopped: set[int] = set()
+        self._prompt_tokens = sum(map(len, prompts))
+        self._tokens = self._delayed() if routing else self._run()
         self.timing = Timing()
         """Of what was computed so far."""
 
@@ -131,104 +113,48 @@ class Generation:
 
     def stop(self, sequence: int) -> None:
         """End a sequence from outside: no token of it follows, and it leaves the batch before the next pass."""
-        self._sequences[sequence].stopped = True
-
-    def _sequence(self, index: int, prompt_ids: Sequence[int], params: SamplingParams) -> _Sequence:
-        if not prompt_ids:
-            raise UsageError(f"prompt {index} is empty; the model needs a token to start from, such as <eod>")
-        wrong = next((token_id for token_id in prompt_ids if not 0 <= token_id < self._vocab_size), None)
-        if wrong is not None:
-            raise UsageError(f"prompt {index} holds the token id {wrong}; ids are 0..{self._vocab_size - 1}")
-        context = self._model.config.max_position_embeddings
-        room = context - len(prompt_ids)
-        new_tokens = max(room, 1) if params.max_new_tokens is None else params.max_new_tokens
-        if new_tokens > room:
-            excess = new_tokens - room
-            ways = [f"shorten it by {excess} tokens"] if excess < len(prompt_ids) else []
-            ways += [f"ask for at most {room} new ones (max_new_tokens)"] if room > 0 else []
-            raise ContextLengthError(
-                f"prompt {index} has {len(prompt_ids)} tokens; with {new_tokens} new ones it exceeds the model's "
-                f"context of {context} (max_position_embeddings); {', or '.join(ways)}"
-            )
-        sampler = Sampler(params, prompt_ids, self._vocab_size, self._norm.device)
-        return _Sequence(index=index, prompt_ids=prompt_ids, max_new_tokens=new_tokens, sampler=sampler)
+        self._stopped.add(sequence)
+        self._unread.discard(sequence)
+        self._engine.cancel(sequence)
 
     def _run(self) -> Iterator[Token]:
-        cache, tokens = self._begin()
-        while tokens:
-            if not self._routing:
-                yield from self._unstopped(tokens)
-            routings, following = self._advance(cache)
-            if self._routing:
-                yield from self._unstopped([token._replace(routing=routings.get(token.sequence)) for token in tokens])
-            tokens = following
+        for output in self._outputs():
+            yield _token(output)
 
-    def _unstopped(self, tokens: list[Token]) -> Iterator[Token]:
-        return (token for token in tokens if not self._sequences[token.sequence].stopped)
+    def _delayed(self) -> Iterator[Token]:
+        """Tokens with their routing, which comes with the output after theirs."""
+        held: dict[int, Token] = {}
+        for output in self._outputs():
+            sequence = output.request_id
+            if sequence in held:
+                yield held.pop(sequence)._replace(routing=output.routing)
+            if sequence not in self._stopped:
+                held[sequence] = _token(output)
+                if output.finish_reason is not None:
+                    yield held.pop(sequence)
 
-    @torch.inference_mode()
-    def _begin(self) -> tuple[Cache, list[Token]]:
-        """Reads the prompts; the first token of every sequence."""
+    def _outputs(self) -> Iterator[Output]:
+        while self._engine.has_work:
+            for output in self._step():
+                if output.error is not None:
+                    raise output.error
+                if output.request_id not in self._stopped:
+                    yield output
+
+    def _step(self) -> list[Output]:
         start = time.perf_counter()
-        lengths = [len(sequence.prompt_ids) for sequence in self._live]
-        capacity = max(length + sequence.max_new_tokens for length, sequence in zip(lengths, self._live, strict=True))
-        cache = self._model.new_cache(len(lengths), capacity)
-        last = self._norm.new_empty(len(lengths), len(self._norm))
-        for counts in chunks(lengths, self._chunk_size):
-            parts = zip(self._live, cache.lengths, counts, strict=True)
-            ids = [token_id for part, done, count in parts for token_id in part.prompt_ids[done : done + count]]
-            sequences = cache.extend(counts)
-            hidden, _ = self._model.model(torch.tensor(ids, device=self._norm.device), sequences)
-            rows = [row for row, count in enumerate(counts) if count]
-            last[rows] = hidden[sequences.last[rows]]
-        tokens = self._choose(last)
-        self.timing = Timing(prefill_tokens=sum(lengths), prefill_s=time.perf_counter() - start)
-        return cache, tokens
-
-    @torch.inference_mode()
-    def _advance(self, cache: Cache) -> tuple[dict[int, TokenRouting], list[Token]]:
-        """Reads the last token of each unfinished sequence: how it was routed, by sequence, and the tokens after it."""
-        start = time.perf_counter()
-        rows = [row for row, live in enumerate(self._live) if not (live.finished or live.stopped)]
-        if not rows:
-            return {}, []
-        if len(rows) < len(self._live):
-            self._live = [self._live[row] for row in rows]
-            cache.select(rows)
-        ids = torch.tensor([sequence.last_id for sequence in self._live], device=self._norm.device)
-        hidden, routings = self._model.model(ids, cache.extend([1] * len(rows)))
-        tokens = self._choose(hidden)
-        self.timing.decode_tokens += len(tokens)
-        self.timing.decode_s += time.perf_counter() - start
-        if not (self._routing and routings):
-            return {}, tokens
-        return dict(zip((token.sequence for token in tokens), token_routings(routings), strict=True)), tokens
-
-    def _choose(self, hidden: Tensor) -> list[Token]:
-        """The next token of each live sequence, from the last hidden states [B, D]."""
-        logits = self._model.logits(hidden)[:, : self._vocab_size]
-        sampled = sample(logits, [sequence.sampler for sequence in self._live])
-        for logprob in sampled.logprobs:
-            require_numbers(logprob)
-        chosen = zip(self._live, sampled.ids, sampled.logprobs, strict=True)
-        return [sequence.accept(token_id, logprob) for sequence, token_id, logprob in chosen]
+        outputs = self._engine.step()
+        seconds = time.perf_counter() - start
+        timing = self.timing
+        if self._unread:
+            timing.prefill_s += seconds
+            self._unread -= {output.request_id for output in outputs}
+            timing.prefill_tokens = self._prompt_tokens
+        else:
+            timing.decode_tokens += len(outputs)
+            timing.decode_s += seconds
+        return outputs
 
 
-def chunks(lengths: Sequence[int], chunk_size: int) -> Iterator[list[int]]:
-    """How many tokens of each prompt to read in each pass: at most `chunk_size` together, the first prompts first."""
-    left = list(lengths)
-    while any(left):
-        room = chunk_size
-        counts = []
-        for remaining in left:
-            counts.append(min(remaining, room))
-            room -= counts[-1]
-        left = [remaining - count for remaining, count in zip(left, counts, strict=True)]
-        yield counts
-
-
-def token_routings(routings: Sequence[Routing]) -> list[TokenRouting]:
-    """The routings of the layers, turned to one a token."""
-    experts = torch.stack([routing.experts for routing in routings], dim=1).cpu()
-    weights = torch.stack([routing.weights for routing in routings], dim=1).cpu()
-    return [TokenRouting(*both) for both in zip(experts, weights, strict=True)]
+def _token(output: Output) -> Token:
+    return Token(output.request_id, output.token_id, output.logprob, output.finish_reason)

@@ -1,7 +1,7 @@
 """One pass of the model over the tokens that the schedule names, and what is read off it.
 
 Legend: N tokens of the pass, B sequences in it, R sequences whose next token can be chosen after it, D hidden,
-V vocabulary, L layers with experts, K chosen, E experts of the largest layer.
+V vocabulary.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yuanmoe.engine.load import ExpertLoad
 from yuanmoe.engine.requests import PromptLogprobs, TokenRouting
 from yuanmoe.engine.sampling import top_logprobs
 from yuanmoe.engine.schedule import Sequence
@@ -29,20 +30,13 @@ class Pass(NamedTuple):
 
 
 class Runner:
-    """A model with the pages of its sequences. `expert_load` [L, E] counts the visits of each expert, on the device."""
+    """A model with the pages of its sequences, and how often its experts were visited."""
 
     def __init__(self, model: YuanForCausalLM, cache: PagedCache, vocab_size: int) -> None:
         self._model = model
         self._cache = cache
         self._vocab_size = vocab_size
-        experts = [count for count in model.config.experts_per_layer if count]
-        self._widest = max(experts, default=0)
-        self._counts = torch.zeros(len(experts) * self._widest, dtype=torch.int64, device=cache.device)
-        self._first_count = torch.arange(len(experts), device=cache.device)[:, None] * self._widest
-
-    @property
-    def expert_load(self) -> Tensor:
-        return self._counts.view(len(self._first_count), self._widest).cpu().clone()
+        self.load = ExpertLoad(model.config.experts_per_layer, cache.device)
 
     def run(self, batch: list[tuple[Sequence, int]]) -> Pass:
         """Computes the next tokens of each sequence into its pages, and scores prompts that want it."""
@@ -53,11 +47,12 @@ class Runner:
             ids[start : start + count] = sequence.ids[sequence.computed : sequence.computed + count]
             start += count
         hidden, routings = self._model.model(torch.from_numpy(ids).to(self._cache.device), sequences)
+        self.load.add(routings)
         self._score_prompts(batch, hidden)
         ended = [row for row, (sequence, count) in enumerate(batch) if count == sequence.missing]
         last = torch.from_numpy(sequences.last[ended]).to(self._cache.device)
         asked = [batch[row][0].request.routing for row in ended]
-        return Pass(self._logits(hidden.index_select(0, last)), self._read_routings(routings, last, asked))
+        return Pass(self._logits(hidden.index_select(0, last)), _routings_at(last, routings, asked))
 
     def _sequences(self, batch: list[tuple[Sequence, int]]) -> PagedSequences:
         table = np.zeros((len(batch), max(sequence.num_pages for sequence, _ in batch)), dtype=np.int32)
@@ -89,17 +84,11 @@ class Runner:
             if top:
                 prompt.top.extend(top_logprobs(logprobs, top))
 
-    def _read_routings(
-        self, routings: tuple[Routing, ...], last: Tensor, asked: list[bool]
-    ) -> list[TokenRouting | None]:
-        """Counts all visits, and picks those of the last tokens [R] that were asked for."""
-        if not routings:
-            return [None] * len(asked)
-        experts = torch.stack([routing.experts for routing in routings])
-        visits = (experts.flatten(1) + self._first_count).flatten()
-        self._counts.scatter_add_(0, visits, torch.ones_like(visits))
-        if not any(asked):
-            return [None] * len(asked)
-        chosen = experts.index_select(1, last).transpose(0, 1).cpu()
-        weights = torch.stack([routing.weights.index_select(0, last) for routing in routings], dim=1).cpu()
-        return [TokenRouting(*both) if wanted else None for *both, wanted in zip(chosen, weights, asked, strict=True)]
+
+def _routings_at(last: Tensor, routings: tuple[Routing, ...], asked: list[bool]) -> list[TokenRouting | None]:
+    """The routings of the layers at the tokens `last` [R], turned to one a token, for those who asked."""
+    if not (routings and any(asked)):
+        return [None] * len(asked)
+    experts = torch.stack([routing.experts.index_select(0, last) for routing in routings], dim=1).cpu()
+    weights = torch.stack([routing.weights.index_select(0, last) for routing in routings], dim=1).cpu()
+    return [TokenRouting(*both) if wanted else None for *both, wanted in zip(experts, weights, asked, strict=True)]

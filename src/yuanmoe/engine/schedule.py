@@ -115,10 +115,10 @@ class Schedule:
         self._vacate(sequence)
 
     def _admit(self) -> bool:
-        """Starts the oldest of those that wait, if all its tokens have room and everyone can go on for a page."""
+        """Starts the oldest of those that wait, if all its tokens have room and the others can go on for a page."""
         if not self.waiting or len(self.running) == self.max_batch_size:
             return False
-        if self.running and self._free_with(self.waiting[0]) < len(self.running):
+        if self.running and self._free_with(self.waiting[0]) < sum(map(self._wanted, self.running)):
             return False
         self.running.append(self.waiting.popleft())
         return True
@@ -135,6 +135,11 @@ class Schedule:
             prefix = self.pages.prefix(page)
             free += not self.pages.is_unused(page)
         return free
+
+    def _wanted(self, sequence: Sequence) -> int:
+        """Pages that a sequence will take for all its tokens and, unless it ends before, those of one more page."""
+        pages = -(-len(sequence.ids) // self.page_size) + 1
+        return min(pages, len(sequence.table)) - sequence.num_pages
 
     def _shareable(self, sequence: Sequence) -> PageKey | None:
         """The next page of a sequence, if another's would do: all of it is to be computed, and a token is left then."""

@@ -55,35 +55,30 @@ class PagedSequences:
     """The next `new[b]` tokens of each sequence, flat, behind the `past[b]` that its pages hold.
 
     `table[b, i]` is the page of its tokens i * P and on, up to the last new one; entries behind that are any page. The
-    pages that the new tokens fall into belong to that sequence alone.
+    pages that the new tokens fall into belong to that sequence alone. `last` is the index of the last new token of each
+    sequence, [B].
     """
 
     def __init__(self, cache: PagedCache, past: list[int], new: list[int], table: Int32[np.ndarray, "B M"]) -> None:
         assert min(new) > 0, "a sequence without new tokens"
         P = cache.page_size
         self._cache, self._past, self._new, self._table = cache, past, new, table
-        before, counts = np.array(past), np.array(new)
-        B, N = len(new), int(counts.sum())
-        ends = counts.cumsum()
-        starts = ends - counts
-        rows, order = np.arange(B).repeat(counts), np.arange(N)
-        positions = order + (before - starts)[rows]
+        before, everyone = np.array(past), np.arange(len(new))
+        if sum(new) == len(new):
+            rows, positions, self.last, predecessors = everyone, before, everyone, everyone
+        else:
+            rows, positions, self.last, predecessors = _spread(before, np.array(new))
         slots = positions % P
         pages = table[rows, positions // P]
         # A tail is kept behind every page that fills up, and behind the last new token.
         kept = slots == P - 1
-        kept[ends - 1] = True
-        places = kept.nonzero()[0]
-        tails = np.where(before > 0, table[np.arange(B), (before - 1) // P], cache.num_pages)
-        # Indices into [tails of B sequences; N new tokens]: a first token's predecessor is its sequence's tail.
-        predecessors = order + B - 1
-        predecessors[starts] = np.arange(B)
+        kept[self.last] = True
+        (places,) = kept.nonzero()
+        tails = np.where(before > 0, table[everyone, (before - 1) // P], cache.num_pages)
         # One transfer for all: on a GPU each costs as much as a small kernel.
         parts = (positions, pages, slots, places, pages[places], tails, predecessors)
         together = torch.from_numpy(np.concatenate(parts)).to(cache.device).split([len(part) for part in parts])
         self._positions, self._pages, self._slots, self._kept, self._kept_in, self._tails, self._predecessors = together
-        self.last = ends - 1
-        """Index of the last new token of each sequence, [B]."""
 
     @property
     def positions(self) -> Tensor:
@@ -102,7 +97,8 @@ class PagedSequences:
         keys, values = self._cache.keys[layer_idx], self._cache.values[layer_idx]
         keys.write(self._pages, self._slots, k)
         values.write(self._pages, self._slots, v)
-        if native.suits_attention(q, keys.values, values.values) and self._cache.page_size % native.PAGE_SLOTS == 0:
+        whole_blocks = self._cache.page_size % native.PAGE_SLOTS == 0 or self._table.shape[1] == 1
+        if whole_blocks and native.suits_attention(q, keys.values, values.values):
             scales = None if keys.scales is None or values.scales is None else (keys.scales, values.scales)
             pages = torch.from_numpy(self._table)
             return native.attention(q, keys.values, values.values, self._past, self._new, scales, pages)
@@ -129,6 +125,21 @@ class PagedSequences:
                 k, v = (_copied(slots, table[row : row + 1], lengths[row], q.dtype) for slots in (keys, values))
                 out[mine] = causal_attention(q[None, mine], k, v)[0]
         return out
+
+
+def _spread(before: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of `counts` [B] new tokens behind `before` [B]: the sequence and position of each [N], and the last of each [B].
+
+    And of each the predecessor [N], as an index into [tails of B sequences; N new tokens]: a first token's is its
+    sequence's tail.
+    """
+    B = len(counts)
+    ends = counts.cumsum()
+    starts = ends - counts
+    rows, order = np.arange(B).repeat(counts), np.arange(ends[-1])
+    predecessors = order + B - 1
+    predecessors[starts] = np.arange(B)
+    return rows, order + (before - starts)[rows], ends - 1, predecessors
 
 
 def _copied(slots: Slots, table: Shaped[Tensor, "G M"], length: int, dtype: torch.dtype) -> Float[Tensor, "G T H C"]:
