@@ -60,7 +60,7 @@ def test_a_real_model_answers_and_a_stopped_answer_leaves_nothing_behind(opened,
         if page.locator("#stop").is_visible():
             page.keyboard.press("Escape")
         answers(page)
-        page.get_by_text("Experts", exact=True).click()
+        page.get_by_role("radio", name="Experts", exact=True).check()
         assert page.locator(".token[data-number]").count() > 0
         deadline = time.monotonic() + 2
         while (worker.load or worker.stats.used_pages) and time.monotonic() < deadline:
@@ -98,7 +98,7 @@ def test_an_edited_question_branches_from_there(page, engine, ask, answers):
 
 
 def test_settings_reach_the_engine_and_the_next_conversation(page, engine, ask):
-    page.get_by_label("Settings of this conversation").click()
+    page.locator("#open-settings").click()
     values = {"temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "seed": 7}
     for name, value in (values | {"max_tokens": 5}).items():
         page.locator(f"#setting-{name}").fill(str(value))
@@ -113,13 +113,13 @@ def test_settings_reach_the_engine_and_the_next_conversation(page, engine, ask):
     assert prompts(engine)[0].startswith("Be brief.\n")
     expect(page.locator(".ended")).to_contain_text("longest length")
     page.get_by_role("button", name="New conversation").click()
-    page.get_by_label("Settings of this conversation").click()
+    page.locator("#open-settings").click()
     assert page.locator("#setting-top_k").input_value() == "40"
     assert page.locator("#setting-stop").input_value() == "zebra\n\\n\\n"
 
 
 def test_a_stop_string_with_a_line_break_ends_the_answer(page, engine, ask):
-    page.get_by_label("Settings of this conversation").click()
+    page.locator("#open-settings").click()
     page.locator("#setting-stop").fill("\\n\\n")
     page.get_by_text("Save").click()
     engine.script = ["Before.\n\nAfter."]
@@ -175,7 +175,7 @@ def test_export_and_import_round_trip(page, opened, served, engine, ask, answers
     expect(other.locator(".toast")).to_contain_text("Conversations added: 1")
     assert other.locator(".answer .prose").inner_text() == "Second."
     assert other.locator(".place").inner_text() == "2 of 2"
-    other.get_by_text("Experts", exact=True).click()
+    other.get_by_role("radio", name="Experts", exact=True).check()
     assert other.locator(".token[data-number]").count() > 0
 
 
@@ -244,6 +244,6 @@ def test_a_reload_amid_an_answer_keeps_what_was_said_and_offers_to_go_on(page, e
     # What the engine read was the conversation and the beginning of the answer, as one prompt.
     assert prompts(engine)[1].endswith(said)
     assert prompts(engine)[1].startswith("count")
-    page.get_by_text("Experts", exact=True).click()
+    page.get_by_role("radio", name="Experts", exact=True).check()
     page.locator(".token").first.wait_for()
     assert page.locator(".token:not([data-number])").count() == 0

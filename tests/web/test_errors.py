@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from live_server import running
 
 from yuanmoe.serve.app import Access
@@ -23,39 +22,51 @@ def refusal(status, message, *, code=None, param=None, headers=None):
     return {"status": status, "body": body, "headers": {"Content-Type": "application/json"} | (headers or {})}
 
 
-REFUSALS = {
-    "rate": (refusal(429, "60 a minute", headers={"Retry-After": "7"}), "busy", "Try again in 7 s"),
-    "queue": (refusal(503, "queue full", headers={"Retry-After": "1"}), "busy", "Try again in 1 s"),
-    "context": (refusal(400, "too long", code="context_length_exceeded"), "too long", "Start a new conversation"),
-    "setting": (refusal(400, "top_p is 3", param="top_p"), "refused", "Change the setting top_p"),
-    "timeout": (refusal(408, "600 s"), "too long", "ask for fewer tokens"),
-    "bug": (refusal(500, "a bug"), "went wrong", "server's log"),
-    "no JSON": ({"status": 502, "body": "<b>Bad gateway</b>"}, "went wrong", "server's log"),
-}
+def answer_with(response):
+    return lambda route: route.fulfill(**response)
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_are_said_in_words_with_what_to_do(opened, served, engine, ask, name):
-    response, title, advice = REFUSALS[name]
+REFUSALS = (
+    (refusal(429, "60 a minute", headers={"Retry-After": "7"}), "busy", "Try again in 7 s"),
+    (refusal(503, "queue full", headers={"Retry-After": "1"}), "busy", "Try again in 1 s"),
+    (refusal(503, "the engine has died"), "went wrong", "server's log"),
+    (refusal(400, "too long", code="context_length_exceeded"), "too long", "Start a new conversation"),
+    (refusal(408, "600 s"), "too long", "ask for fewer tokens"),
+    (refusal(500, "a bug"), "went wrong", "server's log"),
+    ({"status": 502, "body": "<b>Bad gateway</b>"}, "went wrong", "server's log"),
+)
+
+
+def test_refusals_are_said_in_words_with_what_to_do(opened, served, engine, ask):
     page = opened(served.url, expected=["Failed to load resource"])
     page.locator("#welcome p").wait_for()
-    page.route(CHAT, lambda route: route.fulfill(**response))
+    for response, title, advice in REFUSALS:
+        page.route(CHAT, answer_with(response))
+        ask(page)
+        problem = page.locator(".answer:last-child .problem")
+        expect(problem.locator("strong")).to_contain_text(title)
+        expect(problem).to_contain_text(advice)
+        assert problem.locator("b").count() == 0
+        page.unroute(CHAT)
+        offers = problem.get_by_role("button")
+        assert offers.count() > 0
+        if offers.first.inner_text() == "Try again":
+            offers.first.click()
+            expect(page.locator(".answer:last-child .prose")).to_have_text("Yes.")
+
+
+def test_a_refused_setting_is_one_click_away(opened, served, engine, ask):
+    page = opened(served.url, expected=["400"])
+    page.locator("#open-settings").click()
+    page.locator("#setting-min_p").fill("0.5")
+    page.locator("#setting-top_p").fill("0")
+    page.get_by_text("Save").click()
     ask(page)
     problem = page.locator(".problem")
-    expect(problem.locator("strong")).to_contain_text(title)
-    expect(problem).to_contain_text(advice)
-    assert page.locator(".problem b").count() == 0
-    if name == "setting":
-        problem.get_by_text("Open settings").click()
-        assert page.locator("#setting-top_p").evaluate("node => node === document.activeElement")
-        return
-    page.unroute(CHAT)
-    if name == "context":
-        problem.get_by_text("New conversation").click()
-        ask(page)
-    else:
-        problem.get_by_text("Try again").click()
-    expect(page.locator(".answer:last-child .prose")).to_have_text("Yes.")
+    expect(problem).to_contain_text("Change the setting top_p")
+    expect(problem).to_contain_text("top_p is 0")
+    problem.get_by_role("button", name="Open settings").click()
+    assert page.locator("#setting-top_p").evaluate("node => node === document.activeElement")
 
 
 def test_a_server_that_is_gone_is_said_to_be(opened, served, engine, ask):

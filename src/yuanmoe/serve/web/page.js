@@ -26,6 +26,7 @@ function startLanguage() {
     document.documentElement.lang = name === "zh" ? "zh-Hans" : name;
     remember("language", name);
     translate(document);
+    announce("");
   });
 }
 
@@ -79,6 +80,7 @@ async function start() {
   startTheme();
   startLanguage();
   startView();
+  const kept = await session.start();
   const openSettings = startSettings(session, () => meetServer(openSettings));
   const propose = startComposer(session);
   new Transcript(session, view, messageActions(openSettings));
@@ -87,9 +89,9 @@ async function start() {
   startWelcome(session, propose);
   startLens(session);
   startPanel(session, view);
-  const [kept] = await Promise.all([session.start(), meetServer(openSettings)]);
   if (!kept) toast(t("notKept"));
   byId("question").focus();
+  await meetServer(openSettings);
 }
 
 start();

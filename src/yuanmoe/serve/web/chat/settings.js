@@ -1,6 +1,6 @@
 // The dialog of one conversation's settings: system prompt, sampling, stop strings; and the API key of this tab.
 
-import { byId, el, iconButton } from "../core/dom.js";
+import { byId, el } from "../core/dom.js";
 import { apiKey, NUMBERS, sound } from "../keep/settings.js";
 
 /** Returns what opens the dialog, at the field of that name if one is given. */
@@ -15,12 +15,11 @@ export function startSettings(session, saved) {
       dialog.close();
       saved();
     });
-    const head = el("div", { className: "dialog-head" }, el("h2", { id: "settings-title", t: "settings" }));
-    head.append(iconButton("close", "close", () => dialog.close()));
-    dialog.replaceChildren(head, form);
+    dialog.querySelector("form").replaceWith(form);
     dialog.showModal();
     form.elements[field]?.focus();
   };
+  byId("close-settings").addEventListener("click", () => dialog.close());
   byId("open-settings").addEventListener("click", () => open());
   return open;
 }
@@ -32,7 +31,7 @@ function settingsForm(settings) {
   const numbers = Object.entries(NUMBERS).map(([name, range]) => numberField(name, range, settings[name]));
   return el(
     "form",
-    { noValidate: false },
+    {},
     field("system", system, "hint.system"),
     el("fieldset", {}, el("legend", { t: "sampling" }), el("p", { className: "note", t: "hint.sampling" }), ...numbers),
     field("stop", stop, "hint.stop"),

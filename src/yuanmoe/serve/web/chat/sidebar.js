@@ -22,7 +22,7 @@ export function startSidebar(session) {
 
 /** A part of the page that slides in where it is narrow; Escape and the scrim close it. */
 export function startDrawer(id, openId, closeId, scrimId) {
-  const [part, opener, closer] = [id, openId, closeId].map(byId);
+  const [opener, closer] = [openId, closeId].map(byId);
   const set = (open) => {
     document.body.classList.toggle(`${id}-open`, open);
     opener.setAttribute("aria-expanded", String(open));
@@ -39,7 +39,7 @@ export function startDrawer(id, openId, closeId, scrimId) {
   });
   closer.addEventListener("click", close);
   if (scrimId) byId(scrimId).addEventListener("click", close);
-  part.addEventListener("keydown", (event) => {
+  document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || !document.body.classList.contains(`${id}-open`)) return;
     event.preventDefault();
     close();

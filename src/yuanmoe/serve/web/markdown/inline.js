@@ -7,8 +7,9 @@ const MAX_ADDRESS = 2000;
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const SPACE = /\s/;
 const WORD = /[\p{L}\p{N}]/u;
+const LATIN = /\w/;
 // An address ends where Chinese punctuation begins; full stops and brackets at its end are the sentence's.
-const BARE_ADDRESS = /https?:\/\/[^\s<>"'`\u3000-\u303f\uff00-\uff0f\uff1a-\uff20]+/iy;
+const BARE_ADDRESS = /https?:\/\/[^\s<>"'`\u3000-\u303f\uff00-\uff0f\uff1a-\uff20]{1,2000}/iy;
 const TRAILING = ".,:;!?*_~";
 
 /** The address if a link may lead there: http or https, absolute. */
@@ -144,7 +145,7 @@ class Parser {
 
   bareAddress() {
     BARE_ADDRESS.lastIndex = this.at;
-    const found = WORD.test(this.text[this.at - 1] ?? "") ? null : BARE_ADDRESS.exec(this.text)?.[0];
+    const found = LATIN.test(this.text[this.at - 1] ?? "") ? null : BARE_ADDRESS.exec(this.text)?.[0];
     const written = found && withoutTrailing(found);
     const href = written && safeAddress(written);
     if (!href) return this.plain(this.text[this.at], 1);

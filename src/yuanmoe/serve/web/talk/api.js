@@ -21,17 +21,19 @@ export class ServerError extends Error {
 
 const KINDS = { 401: "key", 403: "key", 408: "slow", 429: "busy", 503: "busy" };
 
-function kindOf(status, code) {
+function kindOf(status, code, retryAfterS) {
   if (code === "context_length_exceeded") return "context";
-  // A server whose engine died is not busy: only one that says when to come back is.
+  // One that is about to end, or whose engine died, does not say when to come back.
+  if (status === 503 && retryAfterS === null) return "server";
   return KINDS[status] ?? (status >= 500 ? "server" : "request");
 }
 
 /** The error that a body of `{"error": ...}` describes. */
 export function errorOf(body, status = 500, retryAfter = null) {
   const error = body?.error ?? {};
-  const more = { param: error.param ?? null, retryAfterS: retryAfter === null ? null : Number(retryAfter) };
-  return new ServerError(kindOf(status, error.code), error.message ?? `HTTP ${status}`, more);
+  const retryAfterS = retryAfter === null ? null : Number(retryAfter);
+  const message = error.message ?? `HTTP ${status}`;
+  return new ServerError(kindOf(status, error.code, retryAfterS), message, { param: error.param ?? null, retryAfterS });
 }
 
 async function request(path, body, signal) {
