@@ -67,7 +67,7 @@ def serve(
         access=access,
         cache_tokens=cache_tokens,
         cache_bytes=None if cache_gib is None else round(cache_gib * GIB),
-        free_bytes=read_machine().available_bytes if lm.model.model.norm.weight.device.type == "cpu" else None,
+        free_bytes=_free_bytes(lm),
         max_batch_size=max_batch_size,
         step_tokens=step_tokens,
         max_queue=max_queue,
@@ -93,6 +93,14 @@ def _load(
         if threads is not None:
             torch.set_num_threads(threads)
         return load(model, dtype, device, kv_dtype)
+
+
+def _free_bytes(lm: "LanguageModel") -> int | None:
+    """Memory that is left where the model is."""
+    import torch
+
+    device = lm.model.model.norm.weight.device
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else read_machine().available_bytes
 
 
 def _access(

@@ -9,7 +9,7 @@ import torch
 
 from yuanmoe import __version__
 from yuanmoe.config import ModelConfig
-from yuanmoe.engine.engine import CONTEXTS, Engine
+from yuanmoe.engine.engine import Engine
 from yuanmoe.errors import UsageError
 from yuanmoe.lm import LanguageModel
 from yuanmoe.plan import cost
@@ -30,7 +30,8 @@ class Settings:
     model_id: str
     access: Access = field(default_factory=Access)
     cache_tokens: int | None = None
-    """Room for keys and values of all sequences; None is four full contexts, or what half of `free_bytes` holds."""
+    """Room for keys and values of all sequences; None is a full context for each of a batch, at most what half of
+    `free_bytes` holds."""
     cache_bytes: int | None = None
     """The same room in bytes."""
     free_bytes: int | None = None
@@ -97,7 +98,7 @@ def cache_tokens(config: ModelConfig, kv_dtype: torch.dtype, settings: Settings)
     if settings.cache_bytes is not None:
         tokens = settings.cache_bytes // each
     if tokens is None:
-        tokens = CONTEXTS * config.max_position_embeddings
+        tokens = settings.max_batch_size * config.max_position_embeddings
         if settings.free_bytes is not None:
             tokens = min(tokens, max(PAGE_SIZE, settings.free_bytes // 2 // each))
     if tokens < PAGE_SIZE:

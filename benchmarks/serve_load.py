@@ -1,0 +1,408 @@
+"""The server under load, over loopback: many streaming clients against one, its own cost beside the engine's, a soak.
+
+    python benchmarks/serve_load.py [--model DIR | --url URL] [--clients 64] [--seconds 60] [--soak 600] > result.json
+
+Without a model, one of the preset `nano` is written with random weights, which take as long as others. The server is a
+process of its own and gets a core; the clients are this process, and only count bytes. Answers are of random length and
+never end by themselves, so every token that is computed is one that was asked for. Memory is the resident set.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+from yuanmoe.cli.output import people, print_result, print_table
+from yuanmoe.plan.sizes import format_size
+
+OVERHEAD_BATCH = 16
+PROMPT_TOKENS = (8, 96)
+NEW_TOKENS = (32, 128)
+CONTEXT = 512
+"""What prompt and answer of any request fit into."""
+SAMPLES = 60
+"""Of memory, in a soak."""
+VOCABULARY = 400
+"""Prompts are drawn from the first so many ids, which every tokenizer has; 0 to 5 may be special."""
+
+console = people()
+
+
+# --- one client -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one request saw."""
+
+    began: float
+    arrivals: list[float] = field(default_factory=list)
+    """When events came that said something."""
+    tokens: int = 0
+    """As the usage at its end says; 0 where it was cut."""
+    error: str = ""
+    cancelled: bool = False
+
+    @property
+    def gaps(self) -> list[float]:
+        return [later - sooner for sooner, later in itertools.pairwise(self.arrivals)]
+
+
+class Clients:
+    """People who ask again as soon as they are answered."""
+
+    def __init__(self, url: str, model: str, seed: int = 0) -> None:
+        self._address = urlsplit(url)
+        self._model = model
+        self._random = random.Random(seed)
+        self.answers: list[Answer] = []
+
+    async def crowd(self, number: int, seconds: float, *, cancelling: float = 0.0) -> None:
+        """So many at once; after `seconds` nobody asks anew. A share of the requests, `cancelling`, is left early."""
+        end = time.monotonic() + seconds
+        await asyncio.gather(*(self._one(end, cancelling) for _ in range(number)))
+
+    async def _one(self, end: float, cancelling: float) -> None:
+        while time.monotonic() < end:
+            tokens = self._random.randint(*NEW_TOKENS)
+            leaving = self._random.random() < cancelling
+            patience = self._random.uniform(0, 0.5) if leaving else None
+            self.answers.append(await self.ask(tokens, patience))
+
+    async def ask(self, new_tokens: int, patience: float | None = None) -> Answer:
+        """One request; left after `patience` seconds."""
+        answer = Answer(time.monotonic())
+        try:
+            async with asyncio.timeout(patience):
+                await self._stream(new_tokens, answer)
+        except TimeoutError:
+            answer.cancelled = True
+        except OSError as error:
+            answer.error = repr(error)
+        return answer
+
+    async def _stream(self, new_tokens: int, answer: Answer) -> None:
+        reader, writer = await asyncio.open_connection(self._address.hostname, self._address.port)
+        try:
+            writer.write(self._request(new_tokens))
+            tail = b""
+            while data := await reader.read(65536):
+                if data.count(b'"text":"'):
+                    answer.arrivals.append(time.monotonic())
+                tail = (tail + data)[-2000:]
+                if b'"error":' in data:
+                    answer.error = data.decode(errors="replace")
+        finally:
+            writer.close()
+        total = re.search(rb'"completion_tokens":(\d+)', tail)
+        answer.tokens = int(total[1]) if total else 0
+        if answer.tokens != new_tokens or b"data: [DONE]" not in tail:
+            answer.error = answer.error or f"{answer.tokens} of {new_tokens} tokens"
+
+    def _request(self, new_tokens: int) -> bytes:
+        length = self._random.randint(*PROMPT_TOKENS)
+        body = {
+            "model": self._model,
+            "prompt": [self._random.randrange(6, VOCABULARY) for _ in range(length)],
+            "max_tokens": new_tokens,
+            "logit_bias": {"0": -100},
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        data = json.dumps(body).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {self._address.netloc}\r\nContent-Type: application/json\r\n"
+            f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        return head.encode() + data
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server, and its process where it is ours."""
+
+    url: str
+    model: str
+    process: subprocess.Popen[str] | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """The engine's own, by the names of `/metrics` without their prefix."""
+        text = urlopen(f"{self.url}/metrics", timeout=10).read().decode()
+        found = re.findall(r"^yuanmoe_([a-z_]+(?:\{use=\"\w+\"\})?) (\S+)$", text, re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+    def all_numbers(self) -> dict[str, float]:
+        """With the processor time of the event loop, which is the main thread; 0 where the process is not ours."""
+        spent = 0.0
+        if self.process is not None:
+            fields = (
+                Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            )
+            spent = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return self.numbers() | {"event_loop_cpu_s": spent}
+
+    def resident_bytes(self) -> int | None:
+        if self.process is None:
+            return None
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        return int(found[1]) * 1024 if found else None
+
+    def wait_for_rest(self, seconds: float = 5) -> dict[str, float]:
+        """The numbers once nothing runs, or after so long."""
+        end = time.monotonic() + seconds
+        while (now := self.numbers())["running_sequences"] + now["queued_sequences"] and time.monotonic() < end:
+            time.sleep(0.05)
+        return now
+
+
+@contextlib.contextmanager
+def target(url: str | None, model: Path, threads: int) -> Iterator[Target]:
+    """The server at `url`, or one of our own until the block ends."""
+    if url is not None:
+        listed = json.load(urlopen(f"{url}/v1/models", timeout=10))
+        yield Target(url, listed["data"][0]["id"])
+        return
+    options = ["--port", "0", "--threads", str(threads), "--max-queue", "1024"]
+    command = [sys.executable, "-m", "yuanmoe", "serve", "--model", str(model), *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+    )
+    try:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        yield Target(ready["url"], ready["model"], process)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def random_model(folder: Path, name: str) -> Path:
+    """A checkpoint of a preset with random weights, and a tokenizer of 2,048 tokens."""
+    from yuanmoe.checkpoint.save import save_native
+    from yuanmoe.config import preset
+    from yuanmoe.data.bpe import train_bpe
+    from yuanmoe.model.decoder import YuanForCausalLM
+
+    tokenizer = train_bpe([Path(file).read_text() for file in (__file__, argparse.__file__, asyncio.__file__)], 2048)
+    config = preset(name, max_position_embeddings=max(CONTEXT, preset(name).max_position_embeddings))
+    save_native(YuanForCausalLM(config).initialize().state_dict(), config, folder)
+    tokenizer.save(folder)
+    return folder
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def throughput(server: Target, number: int, seconds: float) -> dict[str, Any]:
+    """Tokens a second for so many clients, and what each of them waits."""
+    clients = Clients(server.url, server.model)
+
+    async def during() -> tuple[dict[str, float], dict[str, float], float]:
+        before, start = server.numbers(), time.monotonic()
+        crowd = asyncio.create_task(clients.crowd(number, seconds))
+        await asyncio.sleep(seconds)
+        elapsed, after = time.monotonic() - start, await asyncio.to_thread(server.numbers)
+        await crowd
+        return before, after, elapsed
+
+    before, after, elapsed = asyncio.run(during())
+    done = [answer for answer in clients.answers if not answer.error]
+    return {
+        "clients": number,
+        "seconds": elapsed,
+        "requests": len(clients.answers),
+        "errors": len(clients.answers) - len(done),
+        "first_error": next((answer.error[:200] for answer in clients.answers if answer.error), None),
+        "tokens_per_s": (after["generated_tokens_total"] - before["generated_tokens_total"]) / elapsed,
+        "first_token_s": quantiles([answer.arrivals[0] - answer.began for answer in done]),
+        "time_per_token_s": quantiles([(a.arrivals[-1] - a.arrivals[0]) / (a.tokens - 1) for a in done]),
+        "event_gap_s": quantiles([gap for answer in done for gap in answer.gaps]),
+        "pages_left": server.wait_for_rest()['cache_pages{use="used"}'],
+        "preemptions": after["preemptions_total"] - before["preemptions_total"],
+        "mean_batch": mean_batch(before, after),
+    }
+
+
+def mean_batch(before: dict[str, float], after: dict[str, float]) -> float:
+    steps = after["steps_total"] - before["steps_total"]
+    return (after["generated_tokens_total"] - before["generated_tokens_total"]) / max(steps, 1)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    if len(values) < 2:
+        return {}
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p99": cuts[98]}
+
+
+def server_step(server: Target, new_tokens: int) -> dict[str, float]:
+    """Wall time of a decode step with sixteen streams, and the share of it outside the engine's own step."""
+
+    async def measure() -> tuple[dict[str, float], dict[str, float]]:
+        clients = Clients(server.url, server.model)
+        asking = [asyncio.create_task(clients.ask(new_tokens)) for _ in range(OVERHEAD_BATCH)]
+        await asyncio.sleep(0.5)  # all prompts are read
+        before = await asyncio.to_thread(server.all_numbers)
+        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        after = await asyncio.to_thread(server.all_numbers)
+        await asyncio.gather(*asking)
+        return before, after
+
+    before, after = asyncio.run(measure())
+    spent = {name: (after[name] - before[name]) / (after["steps_total"] - before["steps_total"]) for name in after}
+    return {
+        "batch": spent["generated_tokens_total"],
+        "wall_s": spent["engine_busy_seconds_total"],
+        "step_s": spent["engine_step_seconds_total"],
+        "event_loop_cpu_s": spent["event_loop_cpu_s"],
+    }
+
+
+def engine_step(model: Path, threads: int, new_tokens: int) -> float:
+    """The same steps by the engine alone, in this process, with nobody to tell."""
+    import torch
+
+    from yuanmoe.engine.engine import Engine
+    from yuanmoe.engine.requests import Request
+    from yuanmoe.engine.sampling import SamplingParams
+    from yuanmoe.lm import load
+
+    torch.set_num_threads(threads)
+    lm = load(model)
+    engine = Engine(lm.model, vocab_size=lm.tokenizer.vocab_size, page_size=32)
+    draw = random.Random(0)
+    for seed in range(OVERHEAD_BATCH):
+        prompt = [draw.randrange(6, VOCABULARY) for _ in range(draw.randint(*PROMPT_TOKENS))]
+        params = SamplingParams(temperature=1, logit_bias={0: -100}, max_new_tokens=new_tokens, seed=seed)
+        engine.submit(Request(prompt_ids=prompt, params=params))
+    while engine.stats().queued or engine.stats().generated_tokens < 4 * OVERHEAD_BATCH:
+        engine.step()
+    first, start = engine.stats().steps, time.monotonic()
+    while engine.stats().running == OVERHEAD_BATCH:
+        engine.step()
+    return (time.monotonic() - start) / (engine.stats().steps - first)
+
+
+def soak(server: Target, number: int, seconds: float) -> dict[str, Any]:
+    """Clients that often leave early, for long: memory over time, and what is left of them."""
+    clients = Clients(server.url, server.model, seed=1)
+    sizes: list[int] = []
+
+    async def watched() -> None:
+        crowd = asyncio.create_task(clients.crowd(number, seconds, cancelling=0.5))
+        for _ in range(SAMPLES):
+            await asyncio.sleep(seconds / SAMPLES)
+            sizes.append(server.resident_bytes() or 0)
+        await crowd
+
+    asyncio.run(watched())
+    after = server.wait_for_rest()
+    quarter = SAMPLES // 4
+    return {
+        "seconds": seconds,
+        "requests": len(clients.answers),
+        "cancelled": sum(answer.cancelled for answer in clients.answers),
+        "errors": sum(bool(answer.error) for answer in clients.answers),
+        "pages_left": after['cache_pages{use="used"}'],
+        "resident_bytes": sizes,
+        "second_quarter_bytes": statistics.median(sizes[quarter : 2 * quarter]),
+        "last_quarter_bytes": statistics.median(sizes[-quarter:]),
+    }
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def show_throughput(runs: Sequence[dict[str, Any]]) -> None:
+    columns = ("clients", "tokens/s", "errors", "batch", "first p50", "p99", "token p50", "p99", "pages left")
+    rows = [
+        (
+            str(run["clients"]),
+            f"{run['tokens_per_s']:,.0f}",
+            str(run["errors"]),
+            f"{run['mean_batch']:.1f}",
+            *(f"{1000 * value:,.0f}" for value in run["first_token_s"].values()),
+            *(f"{1000 * value:.1f}" for value in run["time_per_token_s"].values()),
+            f"{run['pages_left']:.0f}",
+        )
+        for run in runs
+    ]
+    print_table(
+        console,
+        "streaming clients; milliseconds to the first token, and for each of the others",
+        columns,
+        rows,
+        left=(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a checkpoint directory; without it, random weights")
+    parser.add_argument("--preset", default="nano", help="of the random weights")
+    parser.add_argument("--url", help="a server that runs already; then nothing is said of the engine alone")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--threads", type=int, default=1, help="of the engine; the other core is for HTTP and clients")
+    parser.add_argument("--soak", type=float, default=0, help="seconds of clients that leave early, after the rest")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or (Path(folder) if options.url else random_model(Path(folder), options.preset))
+        print_result(measure(options, model))
+
+
+def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {"benchmark": "serve_load", "model": str(options.model or options.preset)}
+    new_tokens = CONTEXT - PROMPT_TOKENS[1]
+    with target(options.url, model, options.threads) as server:
+        throughput(server, 4, 2)  # pages are touched, code is warm
+        runs = [throughput(server, 1, options.seconds / 4), throughput(server, options.clients, options.seconds)]
+        ratio = runs[1]["tokens_per_s"] / runs[0]["tokens_per_s"]
+        show_throughput(runs)
+        console.print(f"{options.clients} clients get {ratio:.1f} x the tokens of one\n")
+        step = server_step(server, new_tokens)
+        result |= {"throughput": runs, "ratio": ratio, "server_step": step}
+        if options.soak:
+            result["soak"] = soak(server, options.clients, options.soak)
+            show_soak(result["soak"])
+    if options.url is None:
+        alone = engine_step(model, options.threads, new_tokens)
+        result |= {"engine_alone_step_s": alone, "overhead_share": 1 - alone / step["wall_s"]}
+        console.print(
+            f"a step of {step['batch']:.1f} streams: {1000 * step['wall_s']:.2f} ms, of which "
+            f"{1000 * step['step_s']:.2f} in the engine; the engine alone takes {1000 * alone:.2f}: the server's own "
+            f"share is {result['overhead_share']:.0%} (event loop: {1000 * step['event_loop_cpu_s']:.2f} ms of processor time)"
+        )
+    return result
+
+
+def show_soak(run: dict[str, Any]) -> None:
+    early, late = run["second_quarter_bytes"], run["last_quarter_bytes"]
+    console.print(
+        f"soak of {run['seconds']:.0f} s: {run['requests']:,} requests, {run['cancelled']:,} left early, "
+        f"{run['errors']} errors, {run['pages_left']:.0f} pages left; memory {format_size(early)} in the second "
+        f"quarter, {format_size(late)} in the last ({late / max(early, 1) - 1:+.1%})\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
