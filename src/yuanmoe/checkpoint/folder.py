@@ -63,6 +63,13 @@ def new_folder(dst: Path, *, overwrite: bool, kind: Kind = CHECKPOINT) -> Iterat
             os.close(descriptor)
 
 
+def remove_leftovers(dst: Path) -> None:
+    """Remove what is left of `NAME.partial` where a process was killed after it had renamed the content to `dst`."""
+    partial = dst.with_name(dst.name + ".partial")
+    if partial.is_dir() and all(path.name.startswith(_MARKER) for path in partial.iterdir()):
+        shutil.rmtree(partial)
+
+
 def check_apart(src: Path | str, dst: Path | str) -> None:
     """Raises UsageError where writing `dst` would replace what is read from `src`."""
     source, target = Path(src).resolve(), Path(dst).resolve()

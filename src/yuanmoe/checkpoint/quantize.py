@@ -21,7 +21,7 @@ import torch
 from yuanmoe.checkpoint import gptq
 from yuanmoe.checkpoint.calibration import Calibrated, Calibration
 from yuanmoe.checkpoint.encoding import EncodedWeight, Encoder, Kept, Rounded, keeps
-from yuanmoe.checkpoint.folder import check_apart
+from yuanmoe.checkpoint.folder import check_apart, remove_leftovers
 from yuanmoe.checkpoint.lazy import LazyTensor, main_dtype
 from yuanmoe.checkpoint.mapping import layout
 from yuanmoe.checkpoint.native_config import native_config
@@ -141,6 +141,7 @@ def run(job: Job, dst: Path | str, **options: Unpack[WriteOptions]) -> Quantized
     fingerprint = job.fingerprint()
     report = None if options.get("overwrite") else read_report(Path(dst))
     if report is not None and report.get("fingerprint") == fingerprint:
+        remove_leftovers(Path(dst))
         return Quantized(written=None, report=report)
     context = Calibration(source, job.calibration) if job.method == "gptq" else None
     with _workers() as pool:

@@ -119,4 +119,4 @@ def quantized_model(config: ModelConfig, formats: Mapping[str, PackedFormat], dt
             replaced = model.get_submodule(path)
             assert isinstance(replaced, nn.Linear)
             model.set_submodule(path, QuantizedLinear(form, bias=replaced.bias is not None))
-    return model
+    return model.requires_grad_(False)
