@@ -77,7 +77,8 @@ def pack(
             choices = {"workers": workers, "overwrite": overwrite, "progress": progress, "say": console.print}
             made = pack_files(sources, dst, words, options, **choices)
     except KeyboardInterrupt:
-        console.print(f"interrupted; the finished shards are in {dst}.partial, the same command goes on with them")
+        kept = f"interrupted; the finished shards are in {dst}.partial, the same command goes on with them"
+        console.print(kept, soft_wrap=True)
         raise
     for tokens in made:
         found = tokens.manifest

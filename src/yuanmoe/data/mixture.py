@@ -75,7 +75,7 @@ def parse_mixture(words: Sequence[str]) -> list[tuple[float, str]]:
     Raises UsageError for words that are neither.
     """
     weights = [_number(word) for word in words[::2]]
-    if len(words) % 2 == 0 and None not in weights:
+    if words and len(words) % 2 == 0 and None not in weights:
         return [(weight, path) for weight, path in zip(weights, words[1::2], strict=True) if weight is not None]
     stray = next((word for word in words if _number(word) is not None), None)
     if stray is not None or not words:
