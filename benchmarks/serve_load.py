@@ -390,7 +390,7 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
         console.print(
             f"a step of {step['batch']:.1f} streams: {1000 * step['wall_s']:.2f} ms, of which "
             f"{1000 * step['step_s']:.2f} in the engine; the engine alone takes {1000 * alone:.2f}: the server's own "
-            f"share is {result['overhead_share']:.0%} (event loop: {1000 * step['event_loop_cpu_s']:.2f} ms of processor time)"
+            f"share is {result['overhead_share']:.0%} (its thread: {1000 * step['event_loop_cpu_s']:.2f} ms)"
         )
     return result
 

@@ -53,6 +53,8 @@ class StopStrings:
         """The part of the held text and `text` that belongs to no stop string."""
         if self.matched is not None:
             return ""
+        if not self._automata:
+            return text
         pending = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
             found = [automaton.stop for automaton in self._automata if automaton.step(character)]

@@ -23,12 +23,14 @@ KEEP_ALIVE_S = 15.0
 LAST_WORD_S = 1.0
 """How long the last event may take to leave."""
 
+ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 def dumps(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return ENCODER.encode(value).encode()
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

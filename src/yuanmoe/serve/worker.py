@@ -18,8 +18,8 @@ from typing import Protocol
 from yuanmoe.engine.requests import Output, Request, Stats
 from yuanmoe.serve.errors import UnavailableError
 
-WAKE_S = 0.01
-"""Tokens that come faster reach their client together: nobody reads a hundred pieces a second."""
+WAKE_S = 0.02
+"""Tokens that come faster reach their client together: nobody reads more than fifty pieces a second."""
 STATS_S = 0.25
 """How old the published statistics of a busy engine may be."""
 

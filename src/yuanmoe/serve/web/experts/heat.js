@@ -12,7 +12,8 @@ const SHADES = 48;
 const LABEL_EVERY = 4;
 
 export class HeatMap {
-  #cell = { place: 0, expert: 0 };
+  /** Which one is told about; null until one was pointed at. */
+  #cell = null;
   #shades = [];
   data = null;
 
@@ -21,7 +22,6 @@ export class HeatMap {
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
     this.canvas.addEventListener("pointermove", (event) => this.#point(event));
     this.canvas.addEventListener("click", (event) => this.#point(event) && this.#choose());
-    this.canvas.addEventListener("focus", () => this.#say());
     byId("heat-values").addEventListener("toggle", () => this.#table());
     new ResizeObserver(() => this.draw()).observe(this.canvas.parentElement);
   }
@@ -46,7 +46,8 @@ export class HeatMap {
     this.data = data;
     this.draw();
     this.#table();
-    if (!byId("heat-cell").textContent) say(byId("heat-cell"), "t", "heatHint");
+    if (this.#cell) this.#say();
+    else say(byId("heat-cell"), "t", "heatHint");
   }
 
   draw() {
@@ -123,12 +124,13 @@ export class HeatMap {
   #key(event) {
     const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     if (!this.data) return;
-    if (event.key === "Enter") this.#choose();
+    if (event.key === "Enter" && this.#cell) this.#choose();
     const step = steps[event.key];
     if (!step) return;
     event.preventDefault();
-    const place = clamp(this.#cell.place + step[0], this.data.layers.length);
-    this.#cell = { place, expert: clamp(this.#cell.expert + step[1], this.data.layers[place].experts) };
+    const { place, expert } = this.#cell ?? { place: lens.value.place, expert: 0 };
+    const row = clamp(place + step[0], this.data.layers.length);
+    this.#cell = { place: row, expert: clamp(expert + step[1], this.data.layers[row].experts) };
     this.#say();
   }
 
@@ -138,9 +140,8 @@ export class HeatMap {
   }
 
   #say() {
-    if (!this.data) return;
     const { place, expert } = this.#cell;
-    const layer = this.data.layers[place]?.layer;
+    const layer = this.data?.layers[place]?.layer;
     if (layer === undefined) return;
     const total = this.#total(place);
     const share = percent(total ? this.visits(place, expert) / total : 0);
