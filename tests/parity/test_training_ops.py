@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from yuanmoe.ops import cross_entropy
+from yuanmoe.ops import cross_entropy, wide
 from yuanmoe.ops.cross_entropy import head_cross_entropy, head_cross_entropy_reference
+from yuanmoe.ops.grouped import grouped_linear
+from yuanmoe.ops.linear import linear
 from yuanmoe.ops.relations import CPU_BLOCK_TOKENS, relate, relate_reference
 
 
@@ -72,3 +74,34 @@ def test_head_cross_entropy_never_holds_all_logits():
         head_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.long)).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < tokens * vocab * 4 / 2
+
+
+@pytest.fixture(params=["instructions", "none", "small blocks"])
+def bfloat16(request, monkeypatch):
+    """CPUs with and without bfloat16 instructions, and blocks of few rows."""
+    monkeypatch.setattr(wide, "has_bfloat16_matmul", lambda: request.param == "instructions")
+    if request.param == "small blocks":
+        monkeypatch.setattr(wide, "BLOCK_ELEMENTS", 64)
+
+
+def test_bfloat16_matrices_learn_as_float32_ones_do(bfloat16):
+    inputs, upstream = [torch.randn(3, 7, 24).bfloat16(), torch.randn(40, 24).bfloat16()], torch.randn(3, 7, 40)
+    found = gradients(linear, inputs, upstream)
+    exact = gradients(lambda x, weight: x @ weight.T, [value.float() for value in inputs], upstream.bfloat16().float())
+    for got, wanted in zip(found, exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=5e-2)
+
+
+def test_groups_of_bfloat16_matrices_learn_as_float32_ones_do(bfloat16):
+    counts = torch.tensor([5, 0, 8, 3])
+    inputs, upstream = [torch.randn(16, 24).bfloat16(), torch.randn(4, 40, 24).bfloat16()], torch.randn(16, 40)
+
+    def plain(x, weight):
+        return torch.cat([rows @ matrix.T for rows, matrix in zip(x.split(counts.tolist()), weight, strict=True)])
+
+    found = gradients(lambda x, weight: grouped_linear(x, weight, counts), inputs, upstream)
+    exact = gradients(plain, [value.float() for value in inputs], upstream.bfloat16().float())
+    assert not found[2][1].any()
+    for got, wanted in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=5e-2)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from yuanmoe.ops import native
-from yuanmoe.ops.linear import has_bfloat16_matmul, linear
+from yuanmoe.ops.linear import linear
+from yuanmoe.ops.wide import has_bfloat16_matmul
 from yuanmoe.plan.devices import Device
 from yuanmoe.plan.machine import Rate, measure
 from yuanmoe.plan.sizes import GIB

@@ -13,6 +13,8 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from yuanmoe.ops.linear import linear, widens
+
 BLOCK_TOKENS = 512
 """Tokens whose logits exist at a time. Fewer save memory, but the gradient of the weight is added to once a block."""
 
@@ -41,12 +43,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if differentiated else None
         for start in range(0, len(targets), BLOCK_TOKENS):
             block = slice(start, start + BLOCK_TOKENS)
-            block_loss, error = _loss_and_error(F.linear(hidden[block], weight).float(), targets[block, None])
+            block_loss, error = _loss_and_error(linear(hidden[block], weight).float(), targets[block, None])
             loss += block_loss
             if hidden_gradient is not None and weight_gradient is not None:
-                error = error.div_(len(targets)).to(hidden.dtype)
-                hidden_gradient[block] = error @ weight
-                weight_gradient += error.T @ hidden[block]
+                error.div_(len(targets))
+                _add_gradients(error, hidden[block], weight, hidden_gradient[block], weight_gradient)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return loss / len(targets)
 
@@ -56,6 +57,16 @@ class _HeadCrossEntropy(torch.autograd.Function):
         (gradient,) = gradients
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return hidden_gradient * gradient.to(hidden_gradient.dtype), weight_gradient * gradient, None
+
+
+def _add_gradients(error: Tensor, hidden: Tensor, weight: Tensor, to_hidden: Tensor, to_weight: Tensor) -> None:
+    """What a block's `error` [B, V] in its logits says to its `hidden` [B, D] and, in float32, to `weight` [V, D]."""
+    narrow = error.to(hidden.dtype)
+    to_hidden.copy_(linear(narrow, weight.T))
+    if widens(hidden, weight):
+        to_weight.addmm_(error.T, hidden.float())
+    else:
+        to_weight += narrow.T @ hidden
 
 
 def _loss_and_error(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

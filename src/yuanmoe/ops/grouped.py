@@ -14,6 +14,7 @@ from torch import Tensor
 
 from yuanmoe.ops import native
 from yuanmoe.ops.linear import linear, widens
+from yuanmoe.ops.wide import learns_wide, wide_grouped_linear
 
 GATHERED_UP_TO_TOKENS = 4
 """On a CPU, up to this many tokens visit their experts one by one; beyond, sorting them by expert pays."""
@@ -50,6 +51,8 @@ def grouped_linear(
     x: Float[Tensor, "M I"], weight: Float[Tensor, "E O I"], counts: Int[Tensor, " E"]
 ) -> Float[Tensor, "M O"]:
     """Each group of `counts` rows of `x` times its own matrix of `weight`."""
+    if learns_wide(x, weight):
+        return wide_grouped_linear(x, weight, counts)
     if _has_grouped_matmul(x, weight):
         offsets = counts.cumsum(0).to(torch.int32)
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)

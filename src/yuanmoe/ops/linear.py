@@ -14,16 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from yuanmoe.ops import native
+from yuanmoe.ops.wide import BLOCK_ELEMENTS, has_bfloat16_matmul, learns_wide, wide_linear
 
 WIDEN_FROM_TOKENS = 12
 """Below this, reading the weights once as they are is faster than widening them."""
-BLOCK_ELEMENTS = 1 << 22
-"""Weights widened at a time: 16 MiB of float32. Smaller blocks are no faster, and each is a meeting of all threads."""
-
-
-def has_bfloat16_matmul() -> bool:
-    """Whether oneDNN multiplies bfloat16 with instructions of this CPU (AVX-512 and later, or Arm's)."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(
@@ -35,6 +29,9 @@ def linear(
         return out if bias is None else out + bias
     if widens(x, weight):
         return _widened(x, weight, bias)
+    if learns_wide(x, weight):
+        out = wide_linear(x, weight)
+        return out if bias is None else out + bias
     return F.linear(x, weight, bias)
 
 
