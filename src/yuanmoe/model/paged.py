@@ -62,7 +62,7 @@ class PagedSequences:
     def __init__(self, cache: PagedCache, past: list[int], new: list[int], table: Int32[np.ndarray, "B M"]) -> None:
         assert min(new) > 0, "a sequence without new tokens"
         P = cache.page_size
-        self._cache, self._past, self._new, self._table = cache, past, new, table
+        self._cache, self._past, self._new, self._table = cache, past, new, torch.from_numpy(table)
         before, everyone = np.array(past), np.arange(len(new))
         if sum(new) == len(new):
             rows, positions, self.last, predecessors = everyone, before, everyone, everyone
@@ -87,9 +87,10 @@ class PagedSequences:
     def previous(self, x: Tensor, layer_idx: int, stream: int) -> Tensor:
         tails = self._cache.tails[layer_idx][stream]
         before = tails.index_select(0, self._tails)
-        tails.index_copy_(0, self._kept_in, x.index_select(0, self._kept))
         if len(before) == len(x):
+            tails.index_copy_(0, self._kept_in, x)
             return before
+        tails.index_copy_(0, self._kept_in, x.index_select(0, self._kept))
         return torch.cat([before, x]).index_select(0, self._predecessors)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, dropout: float) -> Tensor:
@@ -100,8 +101,7 @@ class PagedSequences:
         whole_blocks = self._cache.page_size % native.PAGE_SLOTS == 0 or self._table.shape[1] == 1
         if whole_blocks and native.suits_attention(q, keys.values, values.values):
             scales = None if keys.scales is None or values.scales is None else (keys.scales, values.scales)
-            pages = torch.from_numpy(self._table)
-            return native.attention(q, keys.values, values.values, self._past, self._new, scales, pages)
+            return native.attention(q, keys.values, values.values, self._past, self._new, scales, self._table)
         return self._attend_copies(q, keys, values)
 
     def _attend_copies(self, q: Tensor, keys: Slots, values: Slots) -> Tensor:
@@ -110,19 +110,18 @@ class PagedSequences:
         Sequences with one new token share a call, the others have one each.
         """
         lengths = [before + count for before, count in zip(self._past, self._new, strict=True)]
-        table = torch.from_numpy(self._table).to(q.device)
-        out = torch.empty_like(q)
         single = [row for row, count in enumerate(self._new) if count == 1]
-        if single:
+        out = torch.empty_like(q)
+        if len(single) > 1:
             longest = max(lengths[row] for row in single)
-            k, v = (_copied(slots, table[single], longest, q.dtype) for slots in (keys, values))
+            k, v = (_read(slots, self._table[single], longest, q.dtype) for slots in (keys, values))
             places = torch.from_numpy(self.last[single]).to(q.device)
             filled = torch.tensor([lengths[row] for row in single], device=q.device)
             out[places] = attend_padded(q[places], k, v, filled)
-        for row, count in enumerate(self._new):
-            if count > 1:
+        for row, (count, length) in enumerate(zip(self._new, lengths, strict=True)):
+            if count > 1 or len(single) == 1:
                 mine = slice(self.last[row] + 1 - count, self.last[row] + 1)
-                k, v = (_copied(slots, table[row : row + 1], lengths[row], q.dtype) for slots in (keys, values))
+                k, v = (_read(slots, self._table[row : row + 1], length, q.dtype) for slots in (keys, values))
                 out[mine] = causal_attention(q[None, mine], k, v)[0]
         return out
 
@@ -142,11 +141,14 @@ def _spread(before: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndar
     return rows, order + (before - starts)[rows], ends - 1, predecessors
 
 
-def _copied(slots: Slots, table: Shaped[Tensor, "G M"], length: int, dtype: torch.dtype) -> Float[Tensor, "G T H C"]:
-    """The first `length` slots of some sequences, out of their pages."""
+def _read(slots: Slots, table: Shaped[Tensor, "G M"], length: int, dtype: torch.dtype) -> Float[Tensor, "G T H C"]:
+    """The first `length` slots of some sequences; where they are one page, not even copied."""
     P = slots.values.shape[2]
-    pages = table[:, : -(-length // P)].long()
-    values = slots.values[pages].to(dtype)
+    if len(table) == 1 and length <= P:
+        page = int(table[0, 0])
+        return slots.read(slice(page, page + 1), length, dtype)
+    pages = table[:, : -(-length // P)].long().to(slots.values.device)
+    values = slots.values[:, :, :length][pages].to(dtype)
     if slots.scales is not None:
-        values = values * slots.scales[pages][..., None].to(dtype)
+        values = values * slots.scales[:, :, :length][pages][..., None].to(dtype)
     return values.transpose(2, 3).flatten(1, 2)[:, :length]
