@@ -1,21 +1,43 @@
-"""`yuanmoe bench`: how fast this machine runs the model, beside its peers and its bounds."""
+"""`yuanmoe bench`: how fast this machine runs a model, beside its peers and its bounds."""
 
-from dataclasses import asdict
-from typing import Annotated, Any
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from yuanmoe.cli.output import people, print_result, print_table
+from yuanmoe.cli.bench_view import print_decode, print_phase
+from yuanmoe.cli.output import people, print_result
+from yuanmoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from yuanmoe.config import ModelConfig
+    from yuanmoe.model.decoder import YuanForCausalLM
+    from yuanmoe.plan.cost import Precision
+    from yuanmoe.studies.decode import Load
+
+bench = typer.Typer(
+    help="Measure speed side by side with peers and with what the machine can do.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
+Runs = Annotated[int, typer.Option(min=1, help="Counted runs of each contender.")]
 
 
-def bench(
+@bench.command()
+def layers(
     preset: Annotated[str, typer.Option(help="Whose layer sizes.")] = "yuan2-m32",
     layers: Annotated[int, typer.Option(min=1, help="How many of its layers.")] = 2,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prefill.")] = 256,
-    runs: Annotated[int, typer.Option(min=1, help="Counted runs of each contender.")] = 5,
+    runs: Runs = 5,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")] = 0,
+    threads: Threads = 0,
     peer: Annotated[bool, typer.Option(help="Run transformers' Mixtral of the same sizes beside.")] = True,
 ) -> None:
     """Prefill and single-token decode of a few layers at full width, side by side with transformers' Mixtral.
@@ -23,8 +45,6 @@ def bench(
     Contenders take turns in one run; every figure is a median with the slowest and fastest run. Needs memory for
     the layers: 6.5 GiB for two of M32's in bfloat16.
     """
-    import os
-
     import torch
 
     from yuanmoe.config import preset as named
@@ -51,24 +71,114 @@ def bench(
         result["decode"]["share_of_read_bandwidth"] = bytes_per_s / bandwidth.median
     result |= {"preset": preset, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
     for phase in ("prefill", "decode"):
-        _print_phase(console, phase, result)
+        print_phase(console, phase, result)
     print_result(result)
 
 
-def _print_phase(console: Any, phase: str, result: dict[str, Any]) -> None:
-    report = result[phase]
-    rows = [
-        (
-            name,
-            f"{timing['median_s'] * 1e3:.1f}",
-            f"{timing['min_s'] * 1e3:.1f} to {timing['max_s'] * 1e3:.1f}",
-            f"{timing['tokens_per_s']['median']:.1f}",
-        )
-        for name, timing in report.items()
-        if isinstance(timing, dict)
-    ]
-    print_table(console, phase, ("", "ms", "spread", "tokens/s"), rows)
-    if "share_of_read_bandwidth" in report:
-        console.print(f"{report['share_of_read_bandwidth']:.0%} of the read bandwidth measured in this run")
-    if "best_peer" in report:
-        console.print(f"{report['speed_against_best_peer']:.2f} x the speed of {report['best_peer']}")
+@bench.command()
+def decode(
+    preset: Annotated[str, typer.Option(help="Whose sizes.")] = "yuan2-m32",
+    model: Annotated[Path | None, typer.Option(help="A quantized checkpoint instead.")] = None,
+    weights: Annotated[
+        Literal["synthetic"], typer.Option(help="Of a preset: random ones, made in the packed layout.")
+    ] = "synthetic",
+    bits: Annotated[int, typer.Option(help="4 or 8, of a preset.")] = 4,
+    layers: Annotated[int | None, typer.Option(min=1, help="How many of the preset's layers; default: all.")] = None,
+    contexts: Annotated[str, typer.Option(help="Tokens before the one that is decoded.")] = "16,512,2048",
+    batch: Annotated[str, typer.Option(help="Sequences at once; those after the first at the middle context.")] = "1",
+    prompts: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "32,128,512",
+    kv_dtype: Annotated[Literal["bf16", "int8"], typer.Option(help="Of keys and values.")] = "bf16",
+    runs: Runs = 5,
+    threads: Threads = 0,
+    peer: Annotated[bool, typer.Option(help="Measure torch's int4 products of the same shapes beside.")] = True,
+    json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
+) -> None:
+    """Decoding and prefill of a whole quantized model, beside this machine's read bandwidth and 8-bit arithmetic.
+
+    Everything in one run, medians with the slowest and fastest run. Memory is looked at before it is taken: M32 in 4
+    bits needs 21 GiB.
+    """
+    import torch
+
+    from yuanmoe.checkpoint.packed_weight import quantization_record
+    from yuanmoe.ops import native
+    from yuanmoe.plan.machine import read_machine
+    from yuanmoe.studies.decode import Load, beside_torch, measure_decode
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    load = Load(
+        contexts=_numbers("--contexts", contexts),
+        batches=_numbers("--batch", batch),
+        prompts=_numbers("--prompts", prompts),
+        kv_dtype=torch.int8 if kv_dtype == "int8" else torch.bfloat16,
+        runs=runs,
+    )
+    subject = _checkpoint(model) if model else _synthetic(preset, bits, layers, load)
+    beside = {}
+    console = people()
+    with console.status("building weights") as status:
+        show: Callable[[str, float], None] = lambda name, s: status.update(f"{name}: {s * 1e3:.1f} ms")  # noqa: E731
+        report = measure_decode(subject.build(), subject.precision, load, show)
+        if peer and native.available():
+            status.update("torch's int4 products")
+            sizes = {"decode": 1, "prefill": max(load.prompts)}
+            beside = {phase: beside_torch(subject.config, tokens, runs) for phase, tokens in sizes.items()}
+    machine = read_machine()
+    roles = quantization_record(subject.config, subject.precision, weights)["roles"]
+    result = {
+        "model": str(model or preset),
+        "weights": "checkpoint" if model else weights,
+        "bits": min(roles.values()),
+        "role_bits": roles,
+        "layers": subject.config.num_hidden_layers,
+        "kv_dtype": kv_dtype,
+        "threads": torch.get_num_threads(),
+        "variant": native.variant(),
+        "torch": torch.__version__,
+        "cpu": machine.cpu,
+        "load": machine.load,
+        **report,
+        "beside_torch_int4": beside,
+    }
+    if not json_only:
+        print_decode(console, result)
+    print_result(result)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """What is measured, before it takes memory."""
+
+    config: "ModelConfig"
+    precision: "Precision"
+    build: "Callable[[], YuanForCausalLM]"
+
+
+def _checkpoint(path: Path) -> _Subject:
+    from yuanmoe.checkpoint.load import load_model
+    from yuanmoe.checkpoint.store import open_checkpoint
+
+    source = open_checkpoint(path)
+    if source.precision is None:
+        raise UsageError(f"{path} is not quantized; write it in few bits first: yuanmoe quantize {path} NEW --bits 4")
+    return _Subject(config=source.config, precision=source.precision, build=lambda: load_model(path))
+
+
+def _synthetic(name: str, bits: int, layers: int | None, load: "Load") -> _Subject:
+    from yuanmoe.checkpoint.packed_weight import policy
+    from yuanmoe.config import preset as named
+    from yuanmoe.studies.decode import check_load
+    from yuanmoe.studies.synthetic import synthetic_model
+
+    config = named(name) if layers is None else named(name, num_hidden_layers=layers)
+    precision = policy(config, bits)
+    check_load(name, config, precision, load)
+    return _Subject(config=config, precision=precision, build=lambda: synthetic_model(config, precision))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """`16,512`: at least one number, each at least 1. Raises UsageError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} {text!r} is not a list of numbers from 1 on; write it like 16,512")
+    return tuple(int(part) for part in parts)

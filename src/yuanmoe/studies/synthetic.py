@@ -1,6 +1,6 @@
 """A quantized model of any preset with random weights, made directly in the packed layout: no files, no larger copy.
 
-Codes are uniform and scales all alike, such that weights vary as at the start of training; so activations stay finite,
+Codes are uniform and scales of one size, such that weights vary as at the start of training: activations stay finite,
 and tokens choose their experts about evenly. What it says is noise, what it costs is what a real model costs.
 """
 
@@ -40,8 +40,10 @@ def random_packed(form: PackedFormat, deviation: float = 0.02) -> PackedTensor:
     """Weights of a format with this standard deviation."""
     codes = torch.empty(form.codes_shape, dtype=torch.uint8)
     codes.view(torch.int64).random_()  # eight at a time: six times as fast
-    uniform = math.sqrt((4**form.bits - 1) / 12)
-    return form.tensor(codes, torch.full(form.scales_shape, deviation / uniform, dtype=torch.float16))
+    scale = deviation / math.sqrt((4**form.bits - 1) / 12)
+    # Of both signs: codes are -0.5 on average, and a sum of such weights would send all tokens to the same experts.
+    signs = torch.randint(0, 2, form.scales_shape, dtype=torch.float16)
+    return form.tensor(codes, signs.mul_(2 * scale).sub_(scale))
 
 
 def _random_whole(name: str, shape: torch.Size, deviation: float) -> Tensor:

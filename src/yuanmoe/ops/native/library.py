@@ -120,6 +120,7 @@ _SIGNATURES: Final = {
     "yuanmoe_rotate": (c_int32, (_Call, POINTER(_Heads), c_void_p, c_void_p, c_void_p, c_void_p)),
     "yuanmoe_relate": (c_int32, (_Call, c_void_p, c_int64, c_int64, c_void_p)),
     "yuanmoe_choose": (c_int32, (_Call, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
+    "yuanmoe_multiply_adds": (c_int64, (_Call, c_int64)),
     "yuanmoe_read": (c_uint64, (_Call, c_void_p, c_int64)),
 }
 
@@ -230,6 +231,10 @@ class Kernels:
         call, places = self._call(logits), (weights.data_ptr(), ids.data_ptr())
         _check_memory(self._library.yuanmoe_choose(call, logits.data_ptr(), *logits.shape, chosen, *places))
         return weights, ids
+
+    def multiply_adds(self, rounds: int) -> int:
+        """Does 8-bit multiply-adds in registers on all threads, and says how many; the portable variant does none."""
+        return self._library.yuanmoe_multiply_adds(self._call(None), rounds)
 
     def read(self, data: Tensor) -> None:
         """Reads every byte of `data` once, with all threads."""

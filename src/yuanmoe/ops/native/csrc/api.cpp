@@ -101,6 +101,14 @@ YUANMOE_API int32_t yuanmoe_choose(YuanmoeCall call, const float* logits, int64_
     return guarded([&] { return choose(call.inner(), logits, tokens, experts, chosen, weights, ids), true; });
 }
 
+// multiply_adds on all threads.
+YUANMOE_API int64_t yuanmoe_multiply_adds(YuanmoeCall call, int64_t rounds) {
+    std::atomic<int64_t> total{0};
+    const auto share = [&](int64_t) { total += multiply_adds(call.inner(), rounds); };
+    run(call.threads, {phase(call.threads, share)});
+    return total;
+}
+
 // Reads `count` bytes with all threads; the sum keeps the reading from being optimized away.
 YUANMOE_API uint64_t yuanmoe_read(YuanmoeCall call, const uint8_t* bytes, int64_t count) {
     const Cut parts = Cut::of(count, 1 << 20);

@@ -78,6 +78,10 @@ struct Slots {
 // Vector [page, head, slot] = x[n, head] for the page and the slot of each token. False if there is no such slot.
 bool store(const Call& call, const Slots& to, const int64_t* pages, const int64_t* slots, int64_t tokens, const void* x);
 
+// Does 8-bit multiply-adds on one thread, as fast as the variant's instructions allow; returns how many. The portable one
+// has none to measure.
+int64_t multiply_adds(const Call& call, int64_t rounds);
+
 // out = x / sqrt(mean(x^2) + epsilon) * weight for each token; the weight has the tokens' dtype.
 void rms_norm(const Call& call, const void* x, const void* weight, int64_t tokens, int64_t width, float epsilon,
               void* out);
