@@ -60,25 +60,25 @@ def serve(
     console = people()
     access = _access(api_keys, requests_per_minute, max_concurrency, cors_origin, host, max_body)
     # Before the weights are loaded, which may take minutes.
-    bound = bind(host, port)
-    lm = _load(console, model, dtype, kv_dtype, device, threads)
-    settings = Settings(
-        model_id=model_name or model.resolve().name,
-        access=access,
-        cache_tokens=cache_tokens,
-        cache_bytes=None if cache_gib is None else round(cache_gib * GIB),
-        free_bytes=_free_bytes(lm),
-        max_batch_size=max_batch_size,
-        step_tokens=step_tokens,
-        max_queue=max_queue,
-        max_prompt_tokens=max_prompt_tokens,
-        timeout_s=request_timeout,
-        drain_s=drain,
-    )
-    launched = launch(lm, settings)
-    bound.listen()
-    _greet(console, launched, url(bound), access)
-    launched.server.run(sockets=[bound])
+    with bind(host, port) as bound:
+        lm = _load(console, model, dtype, kv_dtype, device, threads)
+        settings = Settings(
+            model_id=model_name or model.resolve().name,
+            access=access,
+            cache_tokens=cache_tokens,
+            cache_bytes=None if cache_gib is None else round(cache_gib * GIB),
+            free_bytes=_free_bytes(lm),
+            max_batch_size=max_batch_size,
+            step_tokens=step_tokens,
+            max_queue=max_queue,
+            max_prompt_tokens=max_prompt_tokens,
+            timeout_s=request_timeout,
+            drain_s=drain,
+        )
+        launched = launch(lm, settings)
+        bound.listen()
+        _greet(console, launched, url(bound), access)
+        launched.server.run(sockets=[bound])
     _end(console, launched)
 
 
