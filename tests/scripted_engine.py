@@ -45,7 +45,7 @@ class ScriptedEngine:
         chosen = self.config.num_experts_per_tok
         return [
             [
-                (token_id * 7 + position // 5 + layer * 3 + place * 11) % self.config.experts_per_layer[layer]
+                (token_id * 7 + position // 40 + layer * 3 + place * 11) % self.config.experts_per_layer[layer]
                 for place in range(chosen)
             ]
             for layer in self.layers

@@ -18,6 +18,8 @@ from yuanmoe.lm import LanguageModel
 from yuanmoe.serve.launch import Settings, launch_engine
 
 CHROMIUM = shutil.which("chromium")
+TIMEOUT_MS = 10_000
+OPTIONS = {"locale": "en-US", "viewport": {"width": 1280, "height": 800}}
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -35,7 +37,8 @@ def browser():
 @pytest.fixture(scope="session")
 def lm():
     """Three layers, the middle one without experts, so that a layer's number is not its place."""
-    return LanguageModel(random_model(lm_config(bpe(), num_hidden_layers=3, num_experts=(32, 0, 8))), bpe())
+    sizes = {"num_hidden_layers": 3, "num_experts": (32, 0, 8), "max_position_embeddings": 4096}
+    return LanguageModel(random_model(lm_config(bpe(), **sizes)), bpe())
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +67,8 @@ def opened(browser):
 
     def open_page(url, *, expected=(), **options):
         """`expected` are parts of console errors that belong to the test."""
-        context = browser.new_context(**{"locale": "en-US", "viewport": {"width": 1280, "height": 800}} | options)
-        context.set_default_timeout(5000)
+        context = browser.new_context(**OPTIONS | options)
+        context.set_default_timeout(TIMEOUT_MS)
         contexts.append(context)
         page = context.new_page()
         watch(page, url, expected, seen)
@@ -93,12 +96,28 @@ def watch(page, url, expected, seen):
     page.add_init_script("addEventListener('securitypolicyviolation', (event) => console.error(event.violatedDirective))")
 
 
+@pytest.fixture(scope="session")
+def profile(browser):
+    """One browser profile for many tests: what it loaded once it need not load again."""
+    context = browser.new_context(**OPTIONS)
+    context.set_default_timeout(TIMEOUT_MS)
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def page(opened, served, engine):
-    """The page, in English, with its first conversation open."""
-    page = opened(served.url)
+def page(profile, served, engine):
+    """The page as on a first visit, in English."""
+    seen = []
+    page = profile.new_page()
+    everything = {"origin": served.url, "storageTypes": "local_storage,indexeddb"}
+    profile.new_cdp_session(page).send("Storage.clearDataForOrigin", everything)
+    watch(page, served.url, (), seen)
+    page.goto(served.url)
     page.locator("#welcome p").wait_for()
-    return page
+    yield page
+    page.close()
+    assert seen == []
 
 
 @pytest.fixture

@@ -79,12 +79,12 @@ def test_a_server_that_is_gone_is_said_to_be(opened, served, engine, ask):
 
 
 def test_an_error_amid_an_answer_keeps_what_was_said(page, engine, ask, answers):
-    engine.script, engine.break_after = ["One two three four."], 4
+    engine.script, engine.break_after, engine.step_s = ["One two three four."], 4, 0.03
     ask(page)
     expect(page.locator(".problem")).to_contain_text("the test broke this answer")
     said = page.locator(".answer .prose").inner_text()
     assert said
-    engine.break_after, engine.script = None, [" And more."]
+    engine.break_after, engine.script, engine.step_s = None, [" And more."], 0.0
     page.get_by_role("button", name="Continue").click()
     answers(page)
     assert page.locator(".problem").count() == 0

@@ -83,14 +83,15 @@ def heat_table(page):
 def test_the_map_is_drawn_and_says_its_cells(page, spoken):
     heat = page.locator("#heat")
     heat.focus()
+    page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
     visits = Counter(expert for token in spoken for expert in token[1])
     share = visits[1] / visits.total()
-    assert page.locator("#heat-cell").inner_text() == f"Layer 2, expert 1: {visits[1]} visits, {share:.1%}"
+    expect(page.locator("#heat-cell")).to_have_text(f"Layer 2, expert 1: {visits[1]} visits, {share:.1%}")
     shades = heat.evaluate(
         """(canvas) => {
-          const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+          const { data } = canvas.getContext("2d", { willReadFrequently: true }).getImageData(0, 0, canvas.width, canvas.height);
           const shades = new Set();
           for (let at = 0; at < data.length; at += 4) shades.add(data.slice(at, at + 3).join());
           return shades.size;
@@ -159,7 +160,7 @@ def test_colours_of_32_experts_are_readable_and_apart(page):
     found = page.evaluate(
         """() => {
           const rgb = (colour) => {
-            const context = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+            const context = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
             context.fillStyle = colour;
             context.fillRect(0, 0, 1, 1);
             return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);

@@ -66,7 +66,8 @@ def test_everything_is_reached_by_keyboard_and_shows_its_focus(page, engine, ask
     page.get_by_role("radio", name="Chat", exact=True).check()
     page.evaluate("document.activeElement.blur()")
     seen = {}
-    for _ in range(60):
+    ends = 0
+    while ends < 2:
         page.keyboard.press("Tab")
         name, visible = page.evaluate(
             """() => {
@@ -76,9 +77,9 @@ def test_everything_is_reached_by_keyboard_and_shows_its_focus(page, engine, ask
               return [node.id || node.name || node.ariaLabel || node.tagName, Boolean(shows(node) || shows(around))];
             }"""
         )
-        if name == "BODY":
-            break
-        seen[name] = visible
+        ends += name == "BODY"
+        if name != "BODY":
+            seen[name] = visible
     wanted = {"new-conversation", "export", "import", "language", "theme", "view", "open-settings", "question", "PRE"}
     wanted |= {"Rename", "Delete", "Copy", "Edit", "Answer again", "Copy code"}
     assert wanted <= seen.keys()
@@ -113,7 +114,7 @@ AUDIT = """() => {
     node.ariaLabel || node.labels?.length || node.textContent.trim() || node.getAttribute("aria-labelledby") || node.title;
   for (const node of document.querySelectorAll("button, a[href], input, select, textarea, summary, [tabindex], dialog[open]")) {
     if (!seen(node)) continue;
-    if (!named(node) && !node.matches(".scroll, pre")) problems.push(`no name: ${node.outerHTML.slice(0, 90)}`);
+    if (!named(node) && !node.matches(".scroll, pre, .token")) problems.push(`no name: ${node.outerHTML.slice(0, 90)}`);
     const box = node.getBoundingClientRect();
     if (node.matches("button, select") && !node.closest("table, #load") && Math.min(box.width, box.height) < 24) {
       problems.push(`too small: ${node.outerHTML.slice(0, 90)}`);
@@ -136,7 +137,7 @@ AUDIT = """() => {
 }"""
 
 CONTRASTS = """() => {
-  const context = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+  const context = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
   const light = (colour) => {
     context.clearRect(0, 0, 1, 1);
     context.fillStyle = colour;
