@@ -21,7 +21,6 @@ from yuanmoe.errors import UsageError
 from yuanmoe.ops.packing import PackedFormat
 from yuanmoe.ops.quant import (
     BLOCK_ROWS,
-    CHUNK_ELEMENTS,
     Method,
     PackedTensor,
     QuantizedTensor,
@@ -29,6 +28,9 @@ from yuanmoe.ops.quant import (
     pack,
     quantize,
 )
+
+PIECE_ELEMENTS = 1 << 18
+"""Weights that a thread encodes before it takes the next: some milliseconds, and 1 MiB in float32."""
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -58,7 +60,7 @@ class Encoder(ABC):
     @property
     def rows_at_once(self) -> int:
         """Rows of a matrix that are encoded together."""
-        return max(BLOCK_ROWS, CHUNK_ELEMENTS // self.form.columns // BLOCK_ROWS * BLOCK_ROWS)
+        return max(BLOCK_ROWS, PIECE_ELEMENTS // self.form.columns // BLOCK_ROWS * BLOCK_ROWS)
 
     def weight(self, matrix: int, first: int, last: int) -> Tensor:
         """Rows [first, last) of a matrix as they are in the checkpoint, in float32."""
@@ -99,7 +101,7 @@ class Kept(Encoder):
             parts.append(part.signed(low // columns, high // columns))
         codes, scales = (torch.cat(same) for same in zip(*parts, strict=True))
         found = QuantizedTensor(codes=codes, scales=scales, bits=self.form.bits, group_size=self.form.group_size)
-        return found, Noise(dequantize(found).square().sum(dtype=torch.float64).item(), 0.0)
+        return found, Noise(_energy(dequantize(found)), 0.0)
 
     def facts(self) -> dict[str, Any]:
         return {"kept": True}
@@ -132,8 +134,12 @@ def _overlaps(tensor: LazyTensor, start: int, stop: int) -> Iterator[tuple[LazyT
 
 def measure(weight: Tensor, found: QuantizedTensor) -> Noise:
     """What `found` lost of `weight`."""
-    signal, error = (values.square().sum(dtype=torch.float64).item() for values in (weight, dequantize(found) - weight))
-    return Noise(signal, error)
+    return Noise(_energy(weight), _energy(dequantize(found).sub_(weight)))
+
+
+def _energy(values: Tensor) -> float:
+    """The sum of squares: of each row in float32, of all rows in float64."""
+    return torch.linalg.vector_norm(values, dim=-1).double().square_().sum().item()
 
 
 class EncodedWeight:
