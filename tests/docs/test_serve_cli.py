@@ -9,10 +9,12 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import httpx
 import pytest
 
+from serving import MODEL, running
 from small_lm import write_lm
 from yuanmoe.cli.main import main
 from yuanmoe.errors import MissingExtraError, UsageError
@@ -183,3 +185,17 @@ def test_help_imports_no_server() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not on this machine")
+def test_every_example_of_the_documentation_works() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "curl" in block]
+    assert len(blocks) >= 4
+    with running() as server:
+        for block in blocks:
+            script = block.replace("curl localhost:8000", f"curl -sS --fail-with-body -m 20 {server.url}")
+            done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+        (example,) = re.findall(r"```python\n(import openai.*?)```", text, re.DOTALL)
+        exec(example.replace("http://localhost:8000", server.url).replace('model="model"', f'model="{MODEL}"'), {})
