@@ -97,7 +97,7 @@ def random_requests(rng: random.Random, count: int) -> list[Request]:
     ]
 
 
-@settings(max_examples=12)
+@settings(max_examples=7)
 @given(
     seed=st.integers(0, 2**32),
     page_size=st.sampled_from([1, 3, NATIVE_PAGE]),
