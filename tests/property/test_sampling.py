@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from small_models import random_ids
 from yuanmoe.engine import sampling
-from yuanmoe.engine.sampling import Sampler, SamplingParams, keep_min_p, keep_top_k, keep_top_p, require_numbers, sample
+from yuanmoe.engine.sampling import (
+    Sampler,
+    SamplingParams,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    require_numbers,
+    sample,
+    top_logprobs,
+)
 from yuanmoe.errors import CheckpointError, UsageError
 
 # Few different values, so that rows are full of ties; -inf is what a grammar or an earlier filter leaves.
@@ -24,6 +33,7 @@ PARAMS = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.3]),
     presence_penalty=st.sampled_from([0.0, 0.7]),
     frequency_penalty=st.sampled_from([0.0, 0.4]),
+    logit_bias=st.sampled_from([{}, {3: 2.5, 7: -100.0}]),
     seed=st.integers(0, 2**63 - 1),
 )
 
@@ -175,9 +185,35 @@ def test_penalties_keep_a_greedy_answer_from_repeating_itself():
     assert [sample(logits, [penalized]).ids[0] for _ in range(4)] == [0, 1, 0, 2]
 
 
+def test_a_bias_is_added_after_the_penalties_and_can_forbid_or_demand_a_token():
+    logits = torch.tensor([2.0, 1.0, -1.0])
+    sampler = Sampler(SamplingParams(logit_bias={0: -1.5, 2: 0.5}, repetition_penalty=2.0), [0], 3)
+    assert sampler.adjust(logits).tolist() == [-0.5, 1.0, -0.5]
+    assert logits.tolist() == [2.0, 1.0, -1.0]
+    demanding = [Sampler(SamplingParams(logit_bias={2: 100}, temperature=t, seed=0), [], 3) for t in (0.0, 1.0)]
+    assert sample(logits.expand(2, 3), demanding).ids == [2, 2]
+    forbidding = Sampler(SamplingParams(logit_bias={0: -100}, temperature=1.0, seed=0), [], 3)
+    assert 0 not in {sample(logits[None], [forbidding]).ids[0] for _ in range(50)}
+
+
+def test_a_mask_leaves_only_what_it_allows_and_other_rows_alone():
+    logits = torch.tensor([[3.0, 2.0, 1.0]] * 3)
+    samplers = [Sampler(SamplingParams(temperature=t, seed=0), [], 3) for t in (0.0, 5.0, 0.0)]
+    allowed = {0: torch.tensor([False, True, True]), 1: torch.tensor([False, False, True])}
+    sampled = sample(logits, samplers, allowed)
+    assert sampled.ids == [1, 2, 0]
+    assert sampled.logprobs == pytest.approx(logits[0].log_softmax(dim=-1)[[1, 2, 0]].tolist())
+
+
+def test_the_likeliest_tokens_come_in_order_and_no_more_than_there_are():
+    logprobs = torch.tensor([[-1.0, -3.0, -2.0], [-5.0, -4.0, -4.0]])
+    assert top_logprobs(logprobs, 2) == [((0, -1.0), (2, -2.0)), ((1, -4.0), (2, -4.0))]
+    assert [len(top) for top in top_logprobs(logprobs, 20)] == [3, 3]
+
+
 def test_logprobs_are_the_models_own():
     logits = torch.randn(2, 30)
-    params = SamplingParams(temperature=0.5, top_k=3, repetition_penalty=1.5, seed=1)
+    params = SamplingParams(temperature=0.5, top_k=3, repetition_penalty=1.5, logit_bias={4: 9.0}, seed=1)
     sampled = sample(logits, [Sampler(params, random_ids(4).clamp(max=29).tolist(), 30) for _ in range(2)])
     expected = logits.log_softmax(dim=-1)[torch.arange(2), sampled.ids]
     assert sampled.logprobs == pytest.approx(expected.tolist())
@@ -212,8 +248,16 @@ def test_scores_that_are_no_numbers_are_an_error(temperature, broken):
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ({"stop_ids": (3, -2)}, "a stop id is -2; it must be a token id"),
+        ({"logit_bias": {7: 100.5}}, "the logit_bias of token 7 is 100.5; it must be between -100 and 100"),
+        ({"logit_bias": {7: math.nan}}, "the logit_bias of token 7 is nan"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(setting, message):
     with pytest.raises(UsageError, match=message):
         SamplingParams(**setting)
+
+
+@pytest.mark.parametrize("token_id", [-1, 8])
+def test_a_bias_on_a_token_that_does_not_exist_is_refused(token_id):
+    with pytest.raises(UsageError, match=f"logit_bias names the token id {token_id}; ids are 0..7"):
+        Sampler(SamplingParams(logit_bias={token_id: 1.0}), [], 8)
