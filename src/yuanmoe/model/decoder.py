@@ -16,6 +16,7 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.model.attention import Attention, LocalizedFilter
 from yuanmoe.model.cache import Cache
 from yuanmoe.model.experts import DenseFeedForward, Experts, MixtureOfExperts
+from yuanmoe.model.low_rank import LowRank
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
 from yuanmoe.model.sequences import Sequences, WholeSequences, documents_of
@@ -113,10 +114,26 @@ class YuanForCausalLM(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head_lora: LowRank | None = None
+        """Factors of the output head alone, also where it is the embedding."""
 
     def logits(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
         """The scores of all V tokens to come next."""
+        out = self.head_product(hidden)
+        return out if self.head_lora is None else out + self.head_lora(hidden)
+
+    def head_product(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
+        """The same of the stored matrix alone."""
         return linear(hidden, self.head_weight)
+
+    def whole_head(self, dtype: torch.dtype) -> Float[Tensor, "V D"]:
+        """The matrix that makes the logits, factors included, for a loss that wants it in one piece."""
+        weight = self.stored_head(dtype)
+        return weight if self.head_lora is None else self.head_lora.added_to(weight)
+
+    def stored_head(self, dtype: torch.dtype) -> Float[Tensor, "V D"]:
+        """The same without factors."""
+        return self.head_weight.to(dtype)
 
     @property
     def head_weight(self) -> Any:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from yuanmoe.model.linear import Linear
+from yuanmoe.model.low_rank import LowRank, factors_of
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
 from yuanmoe.ops.grouped import experts_forward, swiglu
 
@@ -26,15 +27,25 @@ class DenseFeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts of a layer, stacked: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""
+    """All experts of a layer, stacked: gate_up_proj [E, 2F, D], down_proj [E, D, F]; each may have factors beside."""
 
     def __init__(self, num_experts: int, hidden_size: int, moe_intermediate_size: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * moe_intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, moe_intermediate_size))
+        self.gate_up_proj_lora: LowRank | None = None
+        self.down_proj_lora: LowRank | None = None
 
     def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
-        return experts_forward(x, self.gate_up_proj, self.down_proj, routing.weights, routing.experts)
+        return experts_forward(
+            x,
+            self.gate_up_proj,
+            self.down_proj,
+            routing.weights,
+            routing.experts,
+            factors_of(self.gate_up_proj_lora),
+            factors_of(self.down_proj_lora),
+        )
 
 
 class MixtureOfExperts(nn.Module):

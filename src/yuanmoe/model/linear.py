@@ -2,14 +2,17 @@
 
 from torch import Tensor, nn
 
+from yuanmoe.model.low_rank import LowRank
 from yuanmoe.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias unless asked for."""
+    """A linear layer without bias unless asked for, corrected by `lora` where there is one."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
+        self.lora: LowRank | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        out = linear(input, self.weight, self.bias)
+        return out if self.lora is None else out + self.lora(input)

@@ -2,7 +2,8 @@
 
 Weights are buffers `codes` and `scales` in the layout of the kernels, under the names that they have in a checkpoint,
 so they can be mapped files. Activations stay float32 on a CPU (`docs/numerics.md`); routers and norms are whole.
-No gradients. Not here: files (`checkpoint/load.py`), the arithmetic (`ops/native`).
+The weights learn nothing; what they are applied to has a gradient, so that adapters learn before and beside them.
+Not here: files (`checkpoint/load.py`), the arithmetic (`ops/native`).
 Legend: N tokens, D hidden, I inputs, O outputs, V vocabulary.
 """
 
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.low_rank import LowRank, factors_of
 from yuanmoe.model.router import Routing
 from yuanmoe.ops import native
+from yuanmoe.ops.grouped import experts_forward
+from yuanmoe.ops.packed_linear import packed_linear
 from yuanmoe.ops.packing import PackedFormat, take_rows
-from yuanmoe.ops.quant import PackedTensor
+from yuanmoe.ops.quant import PackedTensor, dequantize
 
 
 class PackedMatrices(nn.Module):
@@ -48,23 +52,30 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.weight = PackedMatrices(form)
         self.bias = nn.Parameter(torch.empty(form.rows), requires_grad=False) if bias else None
+        self.lora: LowRank | None = None
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
-        out = native.quantized_linear(x, self.weight.packed)
-        return out if self.bias is None else out + self.bias
+        out = packed_linear(x, self.weight.packed)
+        out = out if self.bias is None else out + self.bias
+        return out if self.lora is None else out + self.lora(x)
 
 
 class QuantizedExperts(nn.Module):
-    """All experts of a layer in few bits, as one fused step."""
+    """All experts of a layer in few bits, as one fused step unless they are adapted or pass a gradient on."""
 
     def __init__(self, gate_up: PackedFormat, down: PackedFormat) -> None:
         super().__init__()
         self.gate_up_proj = PackedMatrices(gate_up)
         self.down_proj = PackedMatrices(down)
+        self.gate_up_proj_lora: LowRank | None = None
+        self.down_proj_lora: LowRank | None = None
 
     def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
         gate_up, down = self.gate_up_proj.packed, self.down_proj.packed
-        return native.quantized_moe(x, gate_up, down, routing.weights, routing.experts)
+        factors = factors_of(self.gate_up_proj_lora), factors_of(self.down_proj_lora)
+        if factors == (None, None) and not (torch.is_grad_enabled() and x.requires_grad):
+            return native.quantized_moe(x, gate_up, down, routing.weights, routing.experts)
+        return experts_forward(x, gate_up, down, routing.weights, routing.experts, *factors)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -97,11 +108,13 @@ class QuantizedYuan(YuanForCausalLM):
         super().__init__(config)
         self.kv_dtype = torch.bfloat16
 
-    def logits(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
+    def head_product(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
         head = self.head_weight
-        return (
-            native.quantized_linear(hidden, head.packed) if isinstance(head, PackedMatrices) else super().logits(hidden)
-        )
+        return packed_linear(hidden, head.packed) if isinstance(head, PackedMatrices) else super().head_product(hidden)
+
+    def stored_head(self, dtype: torch.dtype) -> Float[Tensor, "V D"]:
+        head = self.head_weight
+        return dequantize(head.packed, dtype) if isinstance(head, PackedMatrices) else super().stored_head(dtype)
 
 
 def quantized_model(config: ModelConfig, formats: Mapping[str, PackedFormat], dtype: torch.dtype) -> QuantizedYuan:

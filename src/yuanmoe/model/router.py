@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
+from yuanmoe.model.low_rank import LowRank
 from yuanmoe.ops import native
 from yuanmoe.ops.linear import linear
 from yuanmoe.ops.relations import relate
@@ -47,31 +48,39 @@ def attention_scores(projected: Float[Tensor, "N EEE"]) -> Float32[Tensor, "N E"
     return relate(q, k, v)
 
 
-class AttentionRouter(nn.Module):
+class Projection(nn.Module):
+    """What routers project tokens with: `weight` [rows, D], corrected by `lora` where there is one, and a `bias`."""
+
+    bias: Tensor | None
+
+    def __init__(self, rows: int, hidden_size: int, num_experts: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
+        self.register_buffer("bias", torch.zeros(num_experts) if bias else None)
+        self.lora: LowRank | None = None
+
+    def project(self, x: Tensor) -> Tensor:
+        out = linear(x, self.weight)
+        return out if self.lora is None else out + self.lora(x)
+
+
+class AttentionRouter(Projection):
     """Scores experts by how they relate to one another for this token; weight [3E, D] = [query; key; value]."""
 
-    bias: Tensor | None
-
     def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(3 * num_experts, hidden_size))
-        self.register_buffer("bias", torch.zeros(num_experts) if bias else None)
+        super().__init__(3 * num_experts, hidden_size, num_experts, bias)
         self.num_experts_per_tok = num_experts_per_tok
 
     def forward(self, x: Tensor) -> Routing:
-        return choose(attention_scores(linear(x, self.weight)), self.num_experts_per_tok, self.bias)
+        return choose(attention_scores(self.project(x)), self.num_experts_per_tok, self.bias)
 
 
-class LinearRouter(nn.Module):
+class LinearRouter(Projection):
     """The classical router: one score an expert, a dot product; weight [E, D]."""
 
-    bias: Tensor | None
-
     def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_buffer("bias", torch.zeros(num_experts) if bias else None)
+        super().__init__(num_experts, hidden_size, num_experts, bias)
         self.num_experts_per_tok = num_experts_per_tok
 
     def forward(self, x: Tensor) -> Routing:
-        return choose(linear(x, self.weight).float(), self.num_experts_per_tok, self.bias)
+        return choose(self.project(x).float(), self.num_experts_per_tok, self.bias)

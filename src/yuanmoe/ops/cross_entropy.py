@@ -37,15 +37,15 @@ def head_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        differentiated = any(ctx.needs_input_grad)
+        to_hidden, to_weight, _ = ctx.needs_input_grad
         loss = torch.zeros((), device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden) if differentiated else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if differentiated else None
+        hidden_gradient = torch.empty_like(hidden) if to_hidden or to_weight else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if to_weight else None
         for start in range(0, len(targets), BLOCK_TOKENS):
             block = slice(start, start + BLOCK_TOKENS)
             block_loss, error = _loss_and_error(linear(hidden[block], weight).float(), targets[block, None])
             loss += block_loss
-            if hidden_gradient is not None and weight_gradient is not None:
+            if hidden_gradient is not None:
                 error.div_(len(targets))
                 _add_gradients(error, hidden[block], weight, hidden_gradient[block], weight_gradient)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
@@ -53,16 +53,19 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = gradients
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * gradient.to(hidden_gradient.dtype), weight_gradient * gradient, None
+        weight_gradient = None if weight_gradient is None else weight_gradient * gradient
+        return hidden_gradient * gradient.to(hidden_gradient.dtype), weight_gradient, None
 
 
-def _add_gradients(error: Tensor, hidden: Tensor, weight: Tensor, to_hidden: Tensor, to_weight: Tensor) -> None:
+def _add_gradients(error: Tensor, hidden: Tensor, weight: Tensor, to_hidden: Tensor, to_weight: Tensor | None) -> None:
     """What a block's `error` [B, V] in its logits says to its `hidden` [B, D] and, in float32, to `weight` [V, D]."""
     narrow = error.to(hidden.dtype)
     to_hidden.copy_(linear(narrow, weight.T))
+    if to_weight is None:
+        return
     if widens(hidden, weight):
         to_weight.addmm_(error.T, hidden.float())
     else:

@@ -14,10 +14,16 @@ from torch import Tensor
 
 from yuanmoe.ops import native
 from yuanmoe.ops.linear import linear, widens
+from yuanmoe.ops.low_rank import Factors, correction
+from yuanmoe.ops.packed_linear import packed_linear
+from yuanmoe.ops.quant import PackedTensor, matrix_of
 from yuanmoe.ops.wide import learns_wide, wide_grouped_linear
 
 GATHERED_UP_TO_TOKENS = 4
 """On a CPU, up to this many tokens visit their experts one by one; beyond, sorting them by expert pays."""
+
+_Stack = tuple[Tensor | PackedTensor, Factors | None]
+"""The matrices of all experts, and their factors where they are adapted."""
 
 
 class Dispatched(NamedTuple):
@@ -48,9 +54,23 @@ def combine(
 
 
 def grouped_linear(
-    x: Float[Tensor, "M I"], weight: Float[Tensor, "E O I"], counts: Int[Tensor, " E"]
+    x: Float[Tensor, "M I"],
+    weight: Float[Tensor, "E O I"] | PackedTensor,
+    counts: Int[Tensor, " E"],
+    factors: Factors | None = None,
 ) -> Float[Tensor, "M O"]:
-    """Each group of `counts` rows of `x` times its own matrix of `weight`."""
+    """Each group of `counts` rows of `x` times its own matrix of `weight`, corrected by its own `factors`."""
+    out = _grouped_product(x, weight, counts)
+    if factors is None:
+        return out
+    hidden = _grouped_product(factors.seen(x), factors.a.to(x.dtype), counts)
+    return out + _grouped_product(hidden, factors.b.to(x.dtype), counts) * factors.scale
+
+
+def _grouped_product(x: Tensor, weight: Tensor | PackedTensor, counts: Tensor) -> Tensor:
+    if isinstance(weight, PackedTensor):
+        groups = enumerate(x.split(counts.tolist()))
+        return torch.cat([packed_linear(rows, matrix_of(weight, expert)) for expert, rows in groups])
     if learns_wide(x, weight):
         return wide_grouped_linear(x, weight, counts)
     if _has_grouped_matmul(x, weight):
@@ -74,27 +94,43 @@ def swiglu(gate_up: Float[Tensor, "*N FF"]) -> Float[Tensor, "*N F"]:
 
 def experts_forward(
     x: Float[Tensor, "N D"],
-    gate_up: Float[Tensor, "E FF D"],
-    down: Float[Tensor, "E D F"],
+    gate_up: Float[Tensor, "E FF D"] | PackedTensor,
+    down: Float[Tensor, "E D F"] | PackedTensor,
     weights: Float[Tensor, "N K"],
     experts: Int[Tensor, "N K"],
+    gate_up_factors: Factors | None = None,
+    down_factors: Factors | None = None,
 ) -> Float[Tensor, "N D"]:
-    """The mixture: for each token the sum over its `experts` of `weights` times expert(x); FF is 2 F."""
-    if native.suits_bf16(x, gate_up, down):
+    """The mixture: for each token the sum over its `experts` of `weights` times expert(x); FF is 2 F.
+
+    Packed weights are gate_up [E, 2, F, D] and down [E, D, F]; their fused kernel is `native.quantized_moe`, without
+    gradients and factors.
+    """
+    plain = gate_up_factors is None and down_factors is None
+    whole = isinstance(gate_up, Tensor) and isinstance(down, Tensor) and plain
+    if whole and native.suits_bf16(x, gate_up, down):
         return native.bf16_moe(x, gate_up, down, weights, experts)
     if x.device.type == "cpu" and 0 < len(x) <= GATHERED_UP_TO_TOKENS and not torch.is_grad_enabled():
-        return _gathered(x, gate_up, down, weights, experts)
-    sent = dispatch(x, experts, gate_up.shape[0])
-    hidden = swiglu(grouped_linear(sent.tokens, gate_up, sent.counts))
-    return combine(grouped_linear(hidden, down, sent.counts), sent.order, weights)
+        return _gathered(x, (gate_up, gate_up_factors), (down, down_factors), weights, experts)
+    sent = dispatch(x, experts, len(gate_up.codes if isinstance(gate_up, PackedTensor) else gate_up))
+    hidden = swiglu(grouped_linear(sent.tokens, gate_up, sent.counts, gate_up_factors))
+    return combine(grouped_linear(hidden, down, sent.counts, down_factors), sent.order, weights)
 
 
-def _gathered(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+def _gathered(x: Tensor, gate_up: _Stack, down: _Stack, weights: Tensor, experts: Tensor) -> Tensor:
     rows = []
     for token, chosen, share in zip(x.split(1), experts.tolist(), weights.split(1), strict=True):
-        outputs = [linear(swiglu(linear(token, gate_up[e])), down[e]) for e in chosen]
+        outputs = [_expert_linear(swiglu(_expert_linear(token, gate_up, e)), down, e) for e in chosen]
         rows.append((torch.cat(outputs).float() * share.T).sum(dim=0, keepdim=True))
     return torch.cat(rows).to(x.dtype)
+
+
+def _expert_linear(x: Tensor, stack: _Stack, expert: int) -> Tensor:
+    """`x` times one matrix of a stack, corrected by its factors."""
+    weight, factors = stack
+    packed = isinstance(weight, PackedTensor)
+    out = packed_linear(x, matrix_of(weight, expert)) if packed else linear(x, weight[expert])
+    return out if factors is None else out + correction(x, factors.of(expert))
 
 
 def experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

@@ -18,14 +18,13 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 def learns_wide(x: Tensor, weight: Tensor) -> bool:
-    """Whether the products of these are for here: bfloat16 on such a CPU, with a gradient to come."""
-    return (
-        x.dtype == weight.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad)
-        and not has_bfloat16_matmul()
-    )
+    """Whether the products of these are for here: a gradient to come, and bfloat16 weights on such a CPU, or on any
+    under float32 activations."""
+    if weight.dtype != torch.bfloat16 or x.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    if not (x.requires_grad or weight.requires_grad):
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not has_bfloat16_matmul())
 
 
 def has_bfloat16_matmul() -> bool:
@@ -60,17 +59,18 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        x_gradient, weight_gradient = torch.empty_like(x), torch.empty_like(weight)
-        groups = zip(
-            *(each.split(ctx.counts) for each in (gradient, x, x_gradient)), weight, weight_gradient, strict=True
-        )
-        for above, rows, to_rows, matrix, to_matrix in groups:
+        x_gradient = torch.empty_like(x)
+        # A frozen stack, as under LoRA, has no use for a second one of its size.
+        weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        groups = zip(*(each.split(ctx.counts) for each in (gradient, x, x_gradient)), strict=True)
+        for index, (above, rows, to_rows) in enumerate(groups):
+            to_matrix = None if weight_gradient is None else weight_gradient[index]
             if len(rows):
-                _multiply_back(above.float(), rows.float(), matrix, to_rows, to_matrix)
-            else:
+                _multiply_back(above.float(), rows.float(), weight[index], to_rows, to_matrix)
+            elif to_matrix is not None:
                 to_matrix.zero_()
         return x_gradient, weight_gradient, None
 
@@ -82,14 +82,15 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
         columns.copy_(wide @ block.float().T)
 
 
-def _multiply_back(above: Tensor, x: Tensor, weight: Tensor, to_x: Tensor, to_weight: Tensor) -> None:
+def _multiply_back(above: Tensor, x: Tensor, weight: Tensor, to_x: Tensor, to_weight: Tensor | None) -> None:
     """The gradients of `multiply` from that of its result, both operands wide already."""
     total = torch.zeros_like(x)
-    for columns, block, to_block in zip(
-        _blocks_of_columns(weight, above), _blocks(weight), _blocks(to_weight), strict=True
-    ):
+    start = 0
+    for columns, block in zip(_blocks_of_columns(weight, above), _blocks(weight), strict=True):
         total.addmm_(columns, block.float())
-        to_block.copy_(columns.T @ x)
+        if to_weight is not None:
+            to_weight[start : start + len(block)] = columns.T @ x
+        start += len(block)
     to_x.copy_(total)
 
 

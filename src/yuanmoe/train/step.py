@@ -31,7 +31,7 @@ class Learned:
 def forward_loss(model: YuanForCausalLM, windows: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
     """Mean cross-entropy of `windows` [B, S + 1], each token but the first predicted from those before it."""
     hidden, routings = model.read(windows[:, :-1])
-    return head_cross_entropy(hidden.flatten(0, 1), model.head_weight, windows[:, 1:].flatten()), routings
+    return head_cross_entropy(hidden.flatten(0, 1), model.whole_head(hidden.dtype), windows[:, 1:].flatten()), routings
 
 
 def learn(model: YuanForCausalLM, windows: Tensor, windows_at_once: int, balance: BalanceSettings) -> Learned:
