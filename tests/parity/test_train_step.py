@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from small_models import random_ids, random_model, small_config
-from small_runs import BATCH, LENGTH, batches, recipe
+from small_runs import BATCH, LENGTH, batches, recipe, training
 from yuanmoe.checkpoint.save import save_native, save_official
 from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.config import preset
@@ -129,6 +129,16 @@ def test_computing_layers_twice_changes_no_gradient(dropout):
     assert list(models[0].state_dict()) == list(models[1].state_dict())
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_attention_half_is_what_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    made = recipe(compile=True, activation_checkpointing=True, max_tokens=LENGTH * BATCH)
+    model = new_model(made)
+    assert [function.__name__ for function in compiled] == ["attend"] * 2
+    assert list(model.state_dict()) == list(new_model(recipe()).state_dict())
+    assert list(Training(model, made, batches(made)))[0].loss == next(iter(training(recipe()))).loss
 
 
 def vars_of(made):
