@@ -68,6 +68,18 @@ def test_a_real_model_answers_and_a_stopped_answer_leaves_nothing_behind(opened,
         assert (worker.load, worker.stats.used_pages, worker.stats.running) == (0, 0, 0)
 
 
+def test_a_model_without_experts_has_a_page_without_them(opened, ask):
+    with running(launch(small_lm(num_experts=0), Settings(model_id="dense"))) as url:
+        page = opened(url)
+        expect(page.locator("#welcome p")).to_contain_text("no experts")
+        page.locator("#open-settings").click()
+        page.locator("#setting-max_tokens").fill("8")
+        page.get_by_text("Save").click()
+        ask(page)
+        expect(page.get_by_role("radio", name="Experts", exact=True)).to_be_hidden()
+        assert page.locator(".answer .problem").count() == 0
+
+
 def test_asking_again_keeps_both_answers(page, engine, ask, answers):
     engine.script = ["First.", "Second."]
     ask(page)

@@ -78,6 +78,22 @@ def test_a_server_that_is_gone_is_said_to_be(opened, served, engine, ask):
     expect(page.locator(".problem")).to_contain_text("yuanmoe serve")
 
 
+def test_a_server_that_comes_back_is_met_again(opened, served, engine, ask):
+    page = opened(served.url + "/icon.svg", expected=["Failed to load resource", "ERR_FAILED"])
+    page.route("**/v1/info", lambda route: route.abort())
+    page.goto(served.url)
+    expect(page.locator(".toast")).to_contain_text("cannot be reached")
+    ask(page, "Hello?", wait=False)
+    expect(page.locator(".toast")).to_have_count(2)
+    assert page.locator("#question").input_value() == "Hello?"
+    page.unroute("**/v1/info")
+    page.locator(".toast").first.get_by_role("button", name="Try again").click()
+    page.locator("#welcome p").wait_for()
+    page.keyboard.press("Tab")
+    page.locator("#question").press("Enter")
+    expect(page.locator(".answer .prose")).to_have_text("Yes.")
+
+
 def test_an_error_amid_an_answer_keeps_what_was_said(page, engine, ask, answers):
     engine.script, engine.break_after, engine.step_s = ["One two three four."], 4, 0.03
     ask(page)

@@ -80,16 +80,16 @@ async function start() {
   startTheme();
   startLanguage();
   startView();
-  const kept = await session.start();
+  await session.start();
   const openSettings = startSettings(session, () => meetServer(openSettings));
-  const propose = startComposer(session);
+  const propose = startComposer(session, () => meetServer(openSettings));
   new Transcript(session, view, messageActions(openSettings));
   startSidebar(session);
   startDrawer("panel", "open-panel", "close-panel");
   startWelcome(session, propose);
   startLens(session);
   startPanel(session, view);
-  if (!kept) toast(t("notKept"));
+  session.kept.watch((kept) => kept || toast(t("notKept")));
   byId("question").focus();
   await meetServer(openSettings);
 }

@@ -3,13 +3,14 @@
 import { byId } from "../core/dom.js";
 import { submits } from "./message.js";
 
-export function startComposer(session) {
+/** `connect` asks again what the server is, where that is not known yet. */
+export function startComposer(session, connect) {
   const form = byId("composer");
   const area = byId("question");
   const send = byId("send");
   const stop = byId("stop");
 
-  const ready = () => area.value.trim() !== "" && session.info.value !== null && !session.writing;
+  const ready = () => area.value.trim() !== "" && !session.writing;
   const refresh = () => {
     send.disabled = !ready();
     send.hidden = session.writing;
@@ -20,6 +21,10 @@ export function startComposer(session) {
   };
   const submit = () => {
     if (!ready()) return;
+    if (!session.info.value) {
+      connect();
+      return;
+    }
     const text = area.value.trim();
     area.value = "";
     session.ask(text);
@@ -40,8 +45,7 @@ export function startComposer(session) {
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !event.defaultPrevented && session.writing && !byId("settings").open) session.stop();
   });
-  session.current.watch((conversation) => conversation && refresh());
-  session.info.watch(refresh);
+  session.current.watch(refresh);
 
   /** Puts a text there for the reader to send. */
   return (text) => {

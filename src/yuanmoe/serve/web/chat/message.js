@@ -22,10 +22,10 @@ class QuestionView {
     this.node.append(el("span", { className: "unseen", t: "you" }), this.body, this.foot);
   }
 
-  update({ writing, siblings }) {
+  update({ busy, siblings }) {
     const { message, actions } = this;
-    const edit = iconButton("edit", "edit", () => this.#edit(), { disabled: writing });
-    this.foot.replaceChildren(...branches(message, siblings, actions, writing), copyButton(() => message.content), edit);
+    const edit = iconButton("edit", "edit", () => this.#edit(), { disabled: busy });
+    this.foot.replaceChildren(...branches(message, siblings, actions, busy), copyButton(() => message.content), edit);
   }
 
   #edit() {
@@ -81,15 +81,24 @@ class AnswerView {
     this.node.append(el("span", { className: "unseen", t: "model" }), this.body, this.notes, this.foot);
   }
 
-  /** Shows the answer as `chat` or as `experts`; `siblings` are the answers to the same question. */
-  update({ view, writing, siblings, last }) {
+  /**
+   * Shows the answer as `chat` or as `experts`. `siblings` are the answers to the same question; while the session is
+   * `busy` nothing else can be asked.
+   */
+  update({ view, busy, siblings, last }) {
     if (view !== this.view) {
       this.view = view;
+      this.close();
       this.content = view === "experts" && this.message.routing ? new TokensView(this.message) : new MarkdownView();
       this.body.replaceChildren(this.content.node);
     }
     this.grow();
-    this.#after(writing, siblings, last);
+    this.#after(busy, siblings, last);
+  }
+
+  /** Called when it is shown no more. */
+  close() {
+    this.content?.close?.();
   }
 
   /** What came since. */
@@ -103,24 +112,24 @@ class AnswerView {
     if (waits !== this.waiting.isConnected) waits ? this.body.append(this.waiting) : this.waiting.remove();
   }
 
-  #after(writing, siblings, last) {
+  #after(busy, siblings, last) {
     const { message, actions } = this;
-    this.notes.replaceChildren(...problem(message, actions, last && !writing));
+    this.notes.replaceChildren(...problem(message, actions, last && !busy));
     this.foot.hidden = message.status === "writing";
     this.foot.replaceChildren(
-      ...branches(message, siblings, actions, writing),
+      ...branches(message, siblings, actions, busy),
       ...(message.content ? [copyButton(() => message.content)] : []),
-      iconButton("again", "regenerate", () => actions.regenerate(message), { disabled: writing }),
+      iconButton("again", "regenerate", () => actions.regenerate(message), { disabled: busy }),
     );
   }
 }
 
 /** Steps through the messages that stand in the same place. */
-function branches(message, siblings, actions, writing) {
+function branches(message, siblings, actions, busy) {
   if (siblings.length < 2) return [];
   const at = siblings.indexOf(message);
   const step = (name, label, to) =>
-    iconButton(name, label, () => actions.choose(siblings[to]), { disabled: writing || !siblings[to] });
+    iconButton(name, label, () => actions.choose(siblings[to]), { disabled: busy || !siblings[to] });
   const place = el("span", { className: "place" }, t("branch", { at: at + 1, of: siblings.length }));
   return [step("left", "branchBefore", at - 1), place, step("right", "branchAfter", at + 1)];
 }

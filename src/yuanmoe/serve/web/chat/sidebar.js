@@ -41,15 +41,16 @@ export function startDrawer(id, openId, closeId, scrimId) {
   if (scrimId) byId(scrimId).addEventListener("click", close);
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || !document.body.classList.contains(`${id}-open`)) return;
+    // What is in front closes first: Escape stops no answer then.
     event.preventDefault();
     close();
-  });
+  }, { capture: true });
   return { close };
 }
 
 function showList(session, drawer) {
-  const shown = session.current.value?.head.id;
-  byId("title").textContent = session.current.value?.head.title || t("newConversation");
+  const shown = session.current.value.head.id;
+  byId("title").textContent = session.current.value.head.title || t("newConversation");
   byId("conversations").replaceChildren(...session.heads.value.map((head) => entry(session, head, shown, drawer)));
 }
 

@@ -21,6 +21,7 @@ export class Transcript {
     this.toEnd = byId("to-end");
     this.grow = oncePerFrame(() => this.#grow());
     session.current.watch(() => this.#show());
+    session.info.watch(() => this.#show());
     session.touched.watch(() => this.grow());
     view.watch(() => this.#show());
     language.watch(() => this.#show());
@@ -30,25 +31,30 @@ export class Transcript {
 
   #show() {
     const conversation = this.session.current.value;
-    if (!conversation) return;
     const another = conversation !== this.#conversation;
     const follow = another || this.#nearEnd();
-    if (another) this.#views.clear();
+    if (another) this.#forget();
     this.#conversation = conversation;
     const { writing } = this.session;
+    const busy = writing || this.session.info.value === null;
     const path = conversation.path();
     byId("welcome").hidden = path.length > 0;
     for (const message of path) {
       if (!this.#views.has(message.id)) this.#views.set(message.id, messageView(message, this.actions));
       const siblings = conversation.siblings(message);
       const last = message === path.at(-1);
-      this.#views.get(message.id).update({ view: this.view.value, writing, siblings, last });
+      this.#views.get(message.id).update({ view: this.view.value, busy, siblings, last });
     }
     this.#place(path.map(({ id }) => this.#views.get(id).node));
     if (this.#wasWriting && !writing && !another) announce(t("answerEnded"));
     this.#wasWriting = writing;
     if (follow) this.#scrollToEnd();
     this.#offerEnd();
+  }
+
+  #forget() {
+    for (const view of this.#views.values()) view.close?.();
+    this.#views.clear();
   }
 
   /** Moves no node that is in its place: what has the focus keeps it. */

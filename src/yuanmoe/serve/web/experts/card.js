@@ -12,6 +12,8 @@ export function hideCard() {
   for (const node of document.querySelectorAll('[aria-describedby="token-card"]')) node.removeAttribute("aria-describedby");
 }
 
+export const cardIsShown = () => !byId("token-card").hidden;
+
 /** Shows the card of a token beside its node. */
 export function showCard({ message, at, node }) {
   hideCard();

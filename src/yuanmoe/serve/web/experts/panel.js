@@ -19,7 +19,7 @@ export function startPanel(session, view) {
 
   const show = oncePerFrame(() => {
     const { info, current } = session;
-    if (view.value !== "experts" || !info.value || !current.value) return;
+    if (view.value !== "experts" || !info.value) return;
     const data = source.read();
     byId("source-note").textContent = data ? t(`sourceNote.${source.kind.value}`, { tokens: number(data.tokens) }) : t("sourceEmpty");
     heat.update(data);

@@ -31,7 +31,7 @@ export class Source {
 
   #sum() {
     const info = this.session.info.value;
-    const answers = (this.session.current.value?.path() ?? []).filter(({ routing }) => fits(routing, info));
+    const answers = this.session.current.value.path().filter(({ routing }) => fits(routing, info));
     const counted = this.kind.value === "answer" ? answers.slice(-1) : answers;
     if (!counted.length) return null;
     const { layers, width } = counted[0].routing;

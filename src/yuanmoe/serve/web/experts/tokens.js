@@ -2,7 +2,7 @@
 
 import { el } from "../core/dom.js";
 import { language, number, t } from "../core/language.js";
-import { hideCard, showCard } from "./card.js";
+import { cardIsShown, hideCard, showCard } from "./card.js";
 import { lens, paint } from "./lens.js";
 
 export class TokensView {
@@ -77,11 +77,15 @@ export class TokensView {
   }
 
   #key(event) {
+    if (event.key === "Escape" && cardIsShown()) {
+      // The card closes first; another Escape stops the answer.
+      event.preventDefault();
+      return hideCard();
+    }
     const at = Number(event.target.dataset.at);
     const last = this.tokens.length - 1;
     const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last, ArrowDown: this.#line(at, 1), ArrowUp: this.#line(at, -1) };
     const next = this.tokens[to[event.key]];
-    if (event.key === "Escape") hideCard();
     if (!next) return;
     event.preventDefault();
     this.#activate(next);

@@ -16,8 +16,10 @@ export class Session {
   info = signal(null);
   /** Heads of all conversations, the latest first. */
   heads = signal([]);
-  /** The conversation that is shown; changes with its path. */
+  /** The conversation that is shown, from the start on; changes with its path. */
   current = signal(null);
+  /** Whether what is said is saved; not where the browser has no room for it. */
+  kept = signal(true);
   /** The message that grew or changed last. */
   touched = signal(null);
   #shelf = null;
@@ -32,7 +34,7 @@ export class Session {
     this.heads.value = heads;
     if (heads.length) await this.open(heads[0].id);
     else this.create();
-    return this.#shelf !== null;
+    this.kept.value = this.#shelf !== null;
   }
 
   /** A new conversation; it is kept from its first question on. */
@@ -60,7 +62,7 @@ export class Session {
 
   /** Whether an answer of the conversation that is shown is on its way. */
   get writing() {
-    return this.#writers.has(this.current.value?.head.id);
+    return this.#writers.has(this.current.value.head.id);
   }
 
   stop() {
@@ -127,7 +129,7 @@ export class Session {
     const head = this.heads.value.find((each) => each.id === id);
     // A conversation that is alive has the head that counts.
     for (const each of [head, this.#alive.get(id)?.head]) if (each) each.title = title;
-    await this.#shelf?.write(head, []);
+    await this.#write(head, []);
     this.heads.changed();
     this.current.changed();
   }
@@ -177,7 +179,16 @@ export class Session {
     // One that was removed while its answer was on its way stays removed.
     if (!this.#alive.has(head.id)) return;
     this.heads.value = [head, ...this.heads.value.filter(({ id }) => id !== head.id)].sort(byUpdate);
-    await this.#shelf?.write(head, messages.map(plain));
+    await this.#write(head, messages);
+  }
+
+  async #write(head, messages) {
+    try {
+      await this.#shelf?.write(head, messages.map(plain));
+    } catch {
+      // A full disk, or a database that the browser took away; the conversation goes on.
+      this.kept.value = false;
+    }
   }
 }
 
