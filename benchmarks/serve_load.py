@@ -3,14 +3,12 @@
     python benchmarks/serve_load.py [--model DIR | --url URL] [--clients 64] [--seconds 60] [--soak 600] > result.json
 
 Without a model, one of the preset `nano` is written with random weights, which take as long as others. The server is a
-process of its own and gets a core; the clients are this process, and only count bytes. Answers are of random length and
-never end by themselves, so every token that is computed is one that was asked for. Memory is the resident set.
+process of its own and gets a core; the clients are this process (`serve_clients.py`). Memory is the resident set.
 """
 
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -21,115 +19,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from urllib.request import urlopen
+
+from serve_clients import PROMPT_TOKENS, VOCABULARY, Clients
 
 from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.plan.sizes import format_size
 
 OVERHEAD_BATCH = 16
-PROMPT_TOKENS = (8, 96)
-NEW_TOKENS = (32, 128)
 CONTEXT = 512
 """What prompt and answer of any request fit into."""
 SAMPLES = 60
 """Of memory, in a soak."""
-VOCABULARY = 400
-"""Prompts are drawn from the first so many ids, which every tokenizer has; 0 to 5 may be special."""
 
 console = people()
-
-
-# --- one client -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Answer:
-    """What one request saw."""
-
-    began: float
-    arrivals: list[float] = field(default_factory=list)
-    """When events came that said something."""
-    tokens: int = 0
-    """As the usage at its end says; 0 where it was cut."""
-    error: str = ""
-    cancelled: bool = False
-
-    @property
-    def gaps(self) -> list[float]:
-        return [later - sooner for sooner, later in itertools.pairwise(self.arrivals)]
-
-
-class Clients:
-    """People who ask again as soon as they are answered."""
-
-    def __init__(self, url: str, model: str, seed: int = 0) -> None:
-        self._address = urlsplit(url)
-        self._model = model
-        self._random = random.Random(seed)
-        self.answers: list[Answer] = []
-
-    async def crowd(self, number: int, seconds: float, *, cancelling: float = 0.0) -> None:
-        """So many at once; after `seconds` nobody asks anew. A share of the requests, `cancelling`, is left early."""
-        end = time.monotonic() + seconds
-        await asyncio.gather(*(self._one(end, cancelling) for _ in range(number)))
-
-    async def _one(self, end: float, cancelling: float) -> None:
-        while time.monotonic() < end:
-            tokens = self._random.randint(*NEW_TOKENS)
-            leaving = self._random.random() < cancelling
-            patience = self._random.uniform(0, 0.5) if leaving else None
-            self.answers.append(await self.ask(tokens, patience))
-
-    async def ask(self, new_tokens: int, patience: float | None = None) -> Answer:
-        """One request; left after `patience` seconds."""
-        answer = Answer(time.monotonic())
-        try:
-            async with asyncio.timeout(patience):
-                await self._stream(new_tokens, answer)
-        except TimeoutError:
-            answer.cancelled = True
-        except OSError as error:
-            answer.error = repr(error)
-        return answer
-
-    async def _stream(self, new_tokens: int, answer: Answer) -> None:
-        reader, writer = await asyncio.open_connection(self._address.hostname, self._address.port)
-        try:
-            writer.write(self._request(new_tokens))
-            tail = b""
-            while data := await reader.read(65536):
-                if data.count(b'"text":"'):
-                    answer.arrivals.append(time.monotonic())
-                tail = (tail + data)[-2000:]
-                if b'"error":' in data:
-                    answer.error = data.decode(errors="replace")
-        finally:
-            writer.close()
-        total = re.search(rb'"completion_tokens":(\d+)', tail)
-        answer.tokens = int(total[1]) if total else 0
-        if answer.tokens != new_tokens or b"data: [DONE]" not in tail:
-            answer.error = answer.error or f"{answer.tokens} of {new_tokens} tokens"
-
-    def _request(self, new_tokens: int) -> bytes:
-        length = self._random.randint(*PROMPT_TOKENS)
-        body = {
-            "model": self._model,
-            "prompt": [self._random.randrange(6, VOCABULARY) for _ in range(length)],
-            "max_tokens": new_tokens,
-            "logit_bias": {"0": -100},
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        data = json.dumps(body).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: {self._address.netloc}\r\nContent-Type: application/json\r\n"
-            f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
-        return head.encode() + data
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -150,14 +56,12 @@ class Target:
         return {name: float(value) for name, value in found}
 
     def all_numbers(self) -> dict[str, float]:
-        """With the processor time of the event loop, which is the main thread; 0 where the process is not ours."""
-        spent = 0.0
-        if self.process is not None:
-            fields = (
-                Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-            )
-            spent = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return self.numbers() | {"event_loop_cpu_s": spent}
+        """With the processor time of all threads, and of the first, the event loop's; 0 where the process is not ours."""
+        if self.process is None:
+            return self.numbers() | {"cpu_s": 0.0, "event_loop_cpu_s": 0.0}
+        folder = Path(f"/proc/{self.process.pid}")
+        times = {"cpu_s": folder / "stat", "event_loop_cpu_s": folder / f"task/{self.process.pid}/stat"}
+        return self.numbers() | {name: cpu_seconds(file) for name, file in times.items()}
 
     def resident_bytes(self) -> int | None:
         if self.process is None:
@@ -172,6 +76,12 @@ class Target:
         while (now := self.numbers())["running_sequences"] + now["queued_sequences"] and time.monotonic() < end:
             time.sleep(0.05)
         return now
+
+
+def cpu_seconds(file: Path) -> float:
+    """User and system time in a `stat` file of /proc."""
+    fields = file.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
@@ -273,11 +183,12 @@ def server_step(server: Target, new_tokens: int) -> dict[str, float]:
         "batch": spent["generated_tokens_total"],
         "wall_s": spent["engine_busy_seconds_total"],
         "step_s": spent["engine_step_seconds_total"],
+        "cpu_s": spent["cpu_s"],
         "event_loop_cpu_s": spent["event_loop_cpu_s"],
     }
 
 
-def engine_step(model: Path, threads: int, new_tokens: int) -> float:
+def engine_step(model: Path, threads: int, new_tokens: int) -> dict[str, float]:
     """The same steps by the engine alone, in this process, with nobody to tell."""
     import torch
 
@@ -288,7 +199,7 @@ def engine_step(model: Path, threads: int, new_tokens: int) -> float:
 
     torch.set_num_threads(threads)
     lm = load(model)
-    engine = Engine(lm.model, vocab_size=lm.tokenizer.vocab_size, page_size=32)
+    engine = Engine(lm.model, vocab_size=lm.tokenizer.vocab_size, cache_tokens=OVERHEAD_BATCH * CONTEXT)
     draw = random.Random(0)
     for seed in range(OVERHEAD_BATCH):
         prompt = [draw.randrange(6, VOCABULARY) for _ in range(draw.randint(*PROMPT_TOKENS))]
@@ -296,10 +207,11 @@ def engine_step(model: Path, threads: int, new_tokens: int) -> float:
         engine.submit(Request(prompt_ids=prompt, params=params))
     while engine.stats().queued or engine.stats().generated_tokens < 4 * OVERHEAD_BATCH:
         engine.step()
-    first, start = engine.stats().steps, time.monotonic()
+    first, start, cpu = engine.stats().steps, time.monotonic(), time.process_time()
     while engine.stats().running == OVERHEAD_BATCH:
         engine.step()
-    return (time.monotonic() - start) / (engine.stats().steps - first)
+    steps = engine.stats().steps - first
+    return {"wall_s": (time.monotonic() - start) / steps, "cpu_s": (time.process_time() - cpu) / steps}
 
 
 def soak(server: Target, number: int, seconds: float) -> dict[str, Any]:
@@ -386,13 +298,21 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
             show_soak(result["soak"])
     if options.url is None:
         alone = engine_step(model, options.threads, new_tokens)
-        result |= {"engine_alone_step_s": alone, "overhead_share": 1 - alone / step["wall_s"]}
-        console.print(
-            f"a step of {step['batch']:.1f} streams: {1000 * step['wall_s']:.2f} ms, of which "
-            f"{1000 * step['step_s']:.2f} in the engine; the engine alone takes {1000 * alone:.2f}: the server's own "
-            f"share is {result['overhead_share']:.0%} (its thread: {1000 * step['event_loop_cpu_s']:.2f} ms)"
-        )
+        share = {kind: 1 - alone[f"{kind}_s"] / step[f"{kind}_s"] for kind in ("wall", "cpu")}
+        result |= {"engine_alone": alone, "overhead_share": share}
+        show_step(step, alone, share)
     return result
+
+
+def show_step(step: dict[str, float], alone: dict[str, float], share: dict[str, float]) -> None:
+    rows = [
+        (name, f"{1000 * step[kind]:.2f}", f"{1000 * alone[kind]:.2f}", f"{share[kind.removesuffix('_s')]:.0%}")
+        for name, kind in (("time", "wall_s"), ("processor time", "cpu_s"))
+    ]
+    title = f"milliseconds of a step with {step['batch']:.1f} streams"
+    print_table(console, title, ("", "server", "engine alone", "server's own"), rows)
+    loop = 1000 * step["event_loop_cpu_s"]
+    console.print(f"the event loop's processor time is {loop:.2f} ms, on a core of its own where there is one\n")
 
 
 def show_soak(run: dict[str, Any]) -> None:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from yuanmoe.serve.app import Access
     from yuanmoe.serve.launch import Launched
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def serve(
     model: Model,
@@ -112,12 +110,13 @@ def _access(
     max_body: str,
 ) -> "Access":
     from yuanmoe.serve.app import Access
+    from yuanmoe.serve.gate import names_this_machine
     from yuanmoe.serve.keys import ENVIRONMENT, Client, read_keys
 
     return Access(
         keys=read_keys(api_keys, os.environ.get(ENVIRONMENT)),
         anyone=Client(name="anyone", requests_per_minute=requests_per_minute, max_concurrency=max_concurrency),
-        local_only=host in LOOPBACK,
+        local_only=names_this_machine(host),
         cors_origins=cors_origin or (),
         max_body_bytes=parse_size(max_body),
     )

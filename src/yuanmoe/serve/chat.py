@@ -13,7 +13,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.serve.chat_answer import ChatAnswer
 from yuanmoe.serve.events import EventStream, json_response, with_reader
 from yuanmoe.serve.schema import ChatRequest, Content, Message, SchemaFormat, ToolMessage
-from yuanmoe.serve.service import Service
+from yuanmoe.serve.service import Service, off_loop
 from yuanmoe.serve.structured import Grammar, json_grammar
 from yuanmoe.serve.tools import RESULT, Tools, call_text, chosen_tools
 
@@ -23,10 +23,11 @@ async def chat_completion(service: Service, body: ChatRequest, request: Request)
     service.check_model(body.model)
     tools = chosen_tools(body)
     ids = await chat_ids(service, body.messages, tools)
+    service.check_prompt(ids)
     job = await service.begin(
         [ids],
         body,
-        max_new_tokens=body.max_completion_tokens or body.max_tokens,
+        max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         top_logprobs=body.top_logprobs or 0,
         grammar=_grammar(body, tools),
     )
@@ -37,12 +38,12 @@ async def chat_completion(service: Service, body: ChatRequest, request: Request)
 
 
 async def chat_ids(service: Service, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-    """The prompt that asks for the answer. Raises UsageError and ContextLengthError."""
+    """The prompt that asks for the answer, however long. Raises UsageError where there is none."""
     turns = [_turn(message) for message in messages]
     if tools is not None:
         turns.insert(0, {"role": "system", "content": tools.prompt()})
     characters = sum(len(turn["content"]) for turn in turns)
-    return await service.encode(lambda: encode_chat(service.tokenizer, turns), characters)
+    return await off_loop(lambda: encode_chat(service.tokenizer, turns), characters)
 
 
 def _turn(message: Message) -> dict[str, str]:

@@ -9,11 +9,11 @@ from typing import Any
 
 from yuanmoe.serve.answer import LOWEST, Answer, Delta, Said, token_name
 from yuanmoe.serve.events import event
+from yuanmoe.serve.job import Job
 from yuanmoe.serve.routing import encode_routings
 from yuanmoe.serve.schema import ChatRequest
 from yuanmoe.serve.service import Service, new_id, stop_texts, updates, usage
 from yuanmoe.serve.tools import Call, CallParser
-from yuanmoe.serve.worker import Job
 
 
 class ChatAnswer:

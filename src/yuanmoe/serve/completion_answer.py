@@ -10,10 +10,10 @@ from typing import Any
 
 from yuanmoe.serve.answer import LOWEST, Answer, Delta, token_name
 from yuanmoe.serve.events import event
+from yuanmoe.serve.job import Job
 from yuanmoe.serve.routing import encode_routings
 from yuanmoe.serve.schema import CompletionRequest
 from yuanmoe.serve.service import Service, new_id, stop_texts, updates, usage
-from yuanmoe.serve.worker import Job
 
 
 class CompletionAnswer:
@@ -46,7 +46,8 @@ class CompletionAnswer:
         """The answers as they come; choices that move together leave together."""
         async for moved in updates(self._job, self._answers):
             read = [self._choices[index].read(delta) for index, delta in moved]
-            yield b"".join(self._event([choice], None) for choice in read if _says_something(choice))
+            if said := b"".join(self._event([choice], None) for choice in read if _says_something(choice)):
+                yield said
         if self._with_usage:
             yield self._event([], self._usage())
 

@@ -9,7 +9,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.serve.completion_answer import CompletionAnswer
 from yuanmoe.serve.events import EventStream, json_response, with_reader
 from yuanmoe.serve.schema import MAX_CHOICES, CompletionRequest
-from yuanmoe.serve.service import Service
+from yuanmoe.serve.service import Service, off_loop
 
 
 async def completion(service: Service, body: CompletionRequest, request: Request) -> Response:
@@ -17,6 +17,8 @@ async def completion(service: Service, body: CompletionRequest, request: Request
     service.check_model(body.model)
     _check(body)
     prompts = [await _prompt_ids(service, prompt, body.suffix) for prompt in _prompts(body)]
+    for ids in prompts:
+        service.check_prompt(ids)
     if len(prompts) * body.n > MAX_CHOICES:
         raise UsageError(f"{len(prompts)} prompts with n {body.n} are more than {MAX_CHOICES} choices; ask in parts")
     job = await service.begin(
@@ -57,9 +59,8 @@ async def _prompt_ids(service: Service, prompt: str | list[int], suffix: str | N
     if suffix is not None:
         if not isinstance(prompt, str):
             raise UsageError("suffix needs a prompt of text, not of token ids")
-        return await service.encode(lambda: tokenizer.fim(prompt, suffix), len(prompt) + len(suffix))
+        return await off_loop(lambda: tokenizer.fim(prompt, suffix), len(prompt) + len(suffix))
     if isinstance(prompt, str):
         # Special strings count: who continues a raw text writes `<sep>` where it belongs. Nothing starts a document.
-        return await service.encode(lambda: tokenizer.encode(prompt) or [tokenizer.eod_id], len(prompt))
-    service.check_prompt(prompt)
+        return await off_loop(lambda: tokenizer.encode(prompt) or [tokenizer.eod_id], len(prompt))
     return prompt

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from yuanmoe.serve.errors import ApiError, api_error
-from yuanmoe.serve.worker import Job
+from yuanmoe.serve.job import Job
 
 KEEP_ALIVE_S = 15.0
 """A stream says something this often, or proxies take it for dead while a long prompt is read."""

@@ -17,9 +17,8 @@ from yuanmoe.serve.errors import ApiError
 from yuanmoe.serve.events import error_response
 from yuanmoe.serve.keys import ApiKeys, Client
 
-OPEN_PATHS = ("/health", "/openapi.json")
-"""Need no key, beside the files of the page, which hold no data."""
 GUARDED = ("/v1/", "/metrics", "/tokenize", "/detokenize")
+"""What needs a key. The rest holds no data: `/health`, the schema, the files of the page."""
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -89,7 +88,7 @@ class Gate:
     def _client(self, scope: Scope) -> Client | None:
         """Who asks; None where nobody needs to be known. Raises ApiError for strangers."""
         headers = Headers(scope=scope)
-        if self._check_host and not _is_local(headers.get("host", "")):
+        if self._check_host and not names_this_machine(headers.get("host", "")):
             raise ApiError(
                 403,
                 f"the Host {headers.get('host', '')[:100]!r} is not this machine; a server without API keys answers to "
@@ -187,9 +186,12 @@ class Gate:
         return send_with_headers
 
 
-def _is_local(host: str) -> bool:
-    """Whether a Host header names this machine: `localhost`, or a loopback address."""
-    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+def names_this_machine(host: str) -> bool:
+    """Whether a host, a port behind it or not, is `localhost` or a loopback address."""
+    return any(_is_loopback(name) for name in (host, host.rpartition(":")[0]))
+
+
+def _is_loopback(name: str) -> bool:
     if name.lower().rstrip(".") == "localhost":
         return True
     try:

@@ -62,7 +62,7 @@ def launch(lm: LanguageModel, settings: Settings) -> Launched:
         cache_tokens=tokens,
         page_size=PAGE_SIZE,
         max_batch_size=settings.max_batch_size,
-        step_tokens=max(settings.step_tokens, settings.max_batch_size),
+        step_tokens=settings.step_tokens,
     )
     return launch_engine(lm, engine, tokens, settings)
 

@@ -56,6 +56,9 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                ws="none",
+                # Longer than clients keep idle connections, or one closes just as they ask again.
+                timeout_keep_alive=75,
                 lifespan="on",
                 timeout_graceful_shutdown=drain_s + LAST_WORDS_S,
             )

@@ -15,9 +15,10 @@ from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import ContextLengthError, UsageError
 from yuanmoe.serve.answer import Answer, Delta
 from yuanmoe.serve.errors import ApiError
+from yuanmoe.serve.job import Job
 from yuanmoe.serve.schema import Generation
 from yuanmoe.serve.structured import Grammar, Grammars, lark_grammar, regex_grammar
-from yuanmoe.serve.worker import EngineWorker, Job
+from yuanmoe.serve.worker import EngineWorker
 
 LONG_TEXT = 4096
 """Characters beyond which work on a text leaves the event loop, where every stream would wait for it."""
@@ -55,12 +56,6 @@ class Service:
                 code="model_not_found",
                 param="model",
             )
-
-    async def encode(self, encode: Callable[[], list[int]], characters: int) -> list[int]:
-        """A prompt's ids. Raises what encoding does, and ContextLengthError."""
-        ids = await off_loop(encode, characters)
-        self.check_prompt(ids)
-        return ids
 
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Raises ContextLengthError for too many tokens; what ids there are is the engine's check."""
@@ -165,7 +160,7 @@ async def updates(job: Job, answers: Sequence[Answer]) -> AsyncIterator[list[Upd
             if answers[index].finish_reason is None:
                 moved.append((index, answers[index].push(some)))
                 if answers[index].stopped:
-                    job.cancel(index)
+                    job.end(index, "stop")
         yield moved
 
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from yuanmoe.engine.requests import Output, Request, Stats
 from yuanmoe.serve.errors import UnavailableError
+from yuanmoe.serve.job import Job
 
 WAKE_S = 0.02
 """Tokens that come faster reach their client together: nobody reads more than fifty pieces a second."""
@@ -49,73 +50,11 @@ class Observer(Protocol):
 class _Place:
     """Where the outputs of one request go."""
 
-    job: "Job"
+    job: Job
     index: int
     since: float
     """When its last token came, or the request, if none did."""
     started: bool = False
-
-
-class Job:
-    """Engine requests that one client waits for, and their outputs as they come."""
-
-    def __init__(self, worker: "EngineWorker") -> None:
-        self._worker = worker
-        self.since = time.monotonic()
-        """When the client began to wait."""
-        self._ids: dict[int, int] = {}
-        """Live requests: place in the job, id in the engine."""
-        self._pending: list[tuple[int, Output]] = []
-        self._wake = asyncio.Event()
-        self._failure: Exception | None = None
-        self.closed = False
-
-    async def outputs(self) -> list[tuple[int, Output]]:
-        """What came since the last call, each with the place of its request; nothing once all have ended.
-
-        Raises the error that ended one of them, and then ends the others.
-        """
-        while self._ids and not self._pending and self._failure is None:
-            self._wake.clear()
-            await self._wake.wait()
-        if self._failure is not None:
-            self.close()
-            raise self._failure
-        pending, self._pending = self._pending, []
-        return pending
-
-    def cancel(self, index: int) -> None:
-        """Ends one request, within a step; what it says meanwhile is dropped."""
-        request_id = self._ids.pop(index, None)
-        if request_id is not None:
-            self._worker.forget(request_id)
-
-    def close(self) -> None:
-        """Ends what has not ended by itself."""
-        self.closed = True
-        for index in list(self._ids):
-            self.cancel(index)
-        self._wake.set()
-
-    # What the worker calls, on the event loop:
-
-    def accepted(self, ids: Sequence[int]) -> None:
-        self._ids = dict(enumerate(ids))
-
-    def take(self, index: int, output: Output) -> None:
-        if output.error is not None:
-            self._failure = output.error
-        else:
-            self._pending.append((index, output))
-        if output.error is not None or output.finish_reason is not None:
-            self._ids.pop(index, None)
-
-    def fail(self, error: Exception) -> None:
-        self._failure = error
-        self._ids.clear()
-
-    def wake(self) -> None:
-        self._wake.set()
 
 
 class EngineWorker:
@@ -183,7 +122,7 @@ class EngineWorker:
     async def submit(self, requests: Sequence[Request]) -> Job:
         """Hands requests to the engine. Raises what it says to them, and UnavailableError; then none is inside."""
         self.check(len(requests))
-        job, answer = Job(self), self._loop.create_future()
+        job, answer = Job(self.forget), self._loop.create_future()
         self._asking[answer] = len(requests)
         self._commands.put(partial(self._submit, job, requests, answer))
         try:
@@ -195,10 +134,10 @@ class EngineWorker:
             self._asking.pop(answer, None)
         return job
 
-    def forget(self, request_id: int) -> None:
-        """Ends a request whose outputs nobody wants, before the next step."""
+    def forget(self, request_id: int, reason: str) -> None:
+        """Ends a request whose further outputs nobody wants, before the next step."""
         if self._places.pop(request_id, None) is not None:
-            self._observer.ended("cancelled")
+            self._observer.ended(reason)
         self._commands.put(partial(self._engine.cancel, request_id))
 
     # --- on the engine's thread ---------------------------------------------------------------------------------------
