@@ -3,16 +3,19 @@
 The server and the page are real; the answer was written by people, and a rule routes it (`scripted_engine`).
 """
 
+# ruff: noqa: RUF001
+# Chinese commas are meant.
+
 import sys
 from pathlib import Path
 
+from playwright.sync_api import Page, sync_playwright
+
 import chromium
 from live_server import running
-from playwright.sync_api import Page, sync_playwright
 from scripted_engine import ScriptedEngine
 from small_lm import lm_config
 from small_models import random_model
-
 from yuanmoe.data.bpe import train_bpe
 from yuanmoe.lm import LanguageModel
 from yuanmoe.serve.launch import Settings, launch_engine

@@ -6,14 +6,14 @@ but its own server fails the test.
 
 from types import SimpleNamespace
 
-import chromium
 import pytest
+
+import chromium
 from live_server import running
 from scripted_engine import ScriptedEngine
 from small_lm import lm_config
 from small_models import random_model
 from small_tokenizers import bpe
-
 from yuanmoe.lm import LanguageModel
 from yuanmoe.serve.launch import Settings, launch_engine
 
@@ -91,7 +91,9 @@ def watch(page, url, expected, seen):
     page.on("console", on_console)
     page.on("pageerror", lambda error: seen.append(str(error)))
     page.on("request", on_request)
-    page.add_init_script("addEventListener('securitypolicyviolation', (event) => console.error(event.violatedDirective))")
+    page.add_init_script(
+        "addEventListener('securitypolicyviolation', (event) => console.error(event.violatedDirective))"
+    )
 
 
 @pytest.fixture(scope="session")

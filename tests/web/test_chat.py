@@ -5,9 +5,9 @@ import re
 import time
 
 import pytest
+
 from live_server import running
 from small_lm import small_lm
-
 from yuanmoe.serve.launch import Settings, launch
 
 LONG = "and so on, " * 400

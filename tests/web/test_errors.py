@@ -3,7 +3,6 @@
 import json
 
 from live_server import running
-
 from yuanmoe.serve.app import Access
 from yuanmoe.serve.keys import entry_line, read_keys
 from yuanmoe.serve.launch import Settings, launch_engine

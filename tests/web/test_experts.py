@@ -91,7 +91,7 @@ def test_the_map_is_drawn_and_says_its_cells(page, spoken):
     expect(page.locator("#heat-cell")).to_have_text(f"Layer 2, expert 1: {visits[1]} visits, {share:.1%}")
     shades = heat.evaluate(
         """(canvas) => {
-          const { data } = canvas.getContext("2d", { willReadFrequently: true }).getImageData(0, 0, canvas.width, canvas.height);
+          const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
           const shades = new Set();
           for (let at = 0; at < data.length; at += 4) shades.add(data.slice(at, at + 3).join());
           return shades.size;
@@ -160,7 +160,8 @@ def test_colours_of_32_experts_are_readable_and_apart(page):
     found = page.evaluate(
         """() => {
           const rgb = (colour) => {
-            const context = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
+            const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
+            const context = canvas.getContext("2d", { willReadFrequently: true });
             context.fillStyle = colour;
             context.fillRect(0, 0, 1, 1);
             return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);

@@ -73,7 +73,10 @@ def test_everything_is_reached_by_keyboard_and_shows_its_focus(page, engine, ask
             """() => {
               const node = document.activeElement;
               const around = node.closest(".field") ?? node.nextElementSibling;
-              const shows = (each) => each && (getComputedStyle(each).outlineStyle !== "none" || getComputedStyle(each).boxShadow !== "none");
+              const shows = (each) => {
+                const { outlineStyle, boxShadow } = each ? getComputedStyle(each) : {};
+                return each && (outlineStyle !== "none" || boxShadow !== "none");
+              };
               return [node.id || node.name || node.ariaLabel || node.tagName, Boolean(shows(node) || shows(around))];
             }"""
         )
@@ -111,8 +114,9 @@ AUDIT = """() => {
   const problems = [];
   const seen = (node) => node.checkVisibility({ visibilityProperty: true });
   const named = (node) =>
-    node.ariaLabel || node.labels?.length || node.textContent.trim() || node.getAttribute("aria-labelledby") || node.title;
-  for (const node of document.querySelectorAll("button, a[href], input, select, textarea, summary, [tabindex], dialog[open]")) {
+    node.ariaLabel || node.labels?.length || node.textContent.trim() || node.hasAttribute("aria-labelledby");
+  const controls = "button, a[href], input, select, textarea, summary, [tabindex], dialog[open]";
+  for (const node of document.querySelectorAll(controls)) {
     if (!seen(node)) continue;
     if (!named(node) && !node.matches(".scroll, pre, .token")) problems.push(`no name: ${node.outerHTML.slice(0, 90)}`);
     const box = node.getBoundingClientRect();
@@ -124,7 +128,8 @@ AUDIT = """() => {
   for (const id of ids) if (ids.indexOf(id) !== ids.lastIndexOf(id)) problems.push(`id twice: ${id}`);
   for (const name of ["aria-labelledby", "aria-describedby", "aria-controls", "for"]) {
     for (const node of document.querySelectorAll(`[${name}]`)) {
-      if (!document.getElementById(node.getAttribute(name))) problems.push(`${name} leads nowhere: ${node.outerHTML.slice(0, 90)}`);
+      const target = document.getElementById(node.getAttribute(name));
+      if (!target) problems.push(`${name} leads nowhere: ${node.outerHTML.slice(0, 90)}`);
     }
   }
   for (const node of document.querySelectorAll("[aria-hidden=true]")) {
@@ -137,7 +142,8 @@ AUDIT = """() => {
 }"""
 
 CONTRASTS = """() => {
-  const context = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
+  const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   const light = (colour) => {
     context.clearRect(0, 0, 1, 1);
     context.fillStyle = colour;
@@ -158,17 +164,21 @@ CONTRASTS = """() => {
   const poor = [];
   for (const node of document.querySelectorAll("body *")) {
     const text = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-    if (!text || !node.checkVisibility({ opacityProperty: true, visibilityProperty: true }) || node.closest(":disabled, option, noscript")) continue;
+    const seen = node.checkVisibility({ opacityProperty: true, visibilityProperty: true });
+    if (!text || !seen || node.closest(":disabled, option, noscript")) continue;
     const [one, other] = [light(getComputedStyle(node).color), light(behind(node))].sort((a, b) => b - a);
     const ratio = (one + 0.05) / (other + 0.05);
-    if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${node.tagName}.${node.className} ${node.textContent.slice(0, 40)}`);
+    if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${node.tagName}.${node.className} ${node.textContent}`);
   }
   return poor;
 }"""
 
 
 def test_names_sizes_and_contrast_in_every_view(page, engine, ask):
-    engine.script, engine.break_after = ["Text with a [link](https://a.example).\n\n> quote\n\n| a |\n|---|\n| b |\n", "More text."], None
+    engine.script, engine.break_after = (
+        ["Text with a [link](https://a.example).\n\n> quote\n\n| a |\n|---|\n| b |\n", "More text."],
+        None,
+    )
     ask(page)
     engine.break_after = 3
     ask(page)
@@ -192,7 +202,9 @@ def test_a_phone_scrolls_one_way_only(opened, served, engine, ask):
     page.locator("#welcome p").wait_for()
     engine.script = ["x" * 300 + "\n\n```\n" + "y" * 300 + "\n```\n\n|" + " a |" * 40 + "\n|" + "-|" * 40 + "\n"]
     ask(page, "z" * 300)
-    too_wide = "[document.documentElement, document.querySelector('main')].some((node) => node.scrollWidth > node.clientWidth)"
+    too_wide = (
+        "[document.documentElement, document.querySelector('main')].some((node) => node.scrollWidth > node.clientWidth)"
+    )
     assert not page.evaluate(too_wide)
     page.locator("#open-sidebar").tap()
     expect(page.locator("#sidebar")).to_be_in_viewport(ratio=1)

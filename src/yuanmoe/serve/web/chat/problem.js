@@ -32,7 +32,8 @@ function card(message, actions, active) {
   if (error.message) told.append(el("p", { className: "server-words" }, error.message));
   // What was said is needed to go on from it.
   const offers = OFFERS[kind].filter((offer) => offer !== "goOn" || message.content);
-  if (active) told.append(el("div", { className: "offers" }, ...offers.map((offer) => button(offer, message, actions))));
+  const buttons = offers.map((offer) => button(offer, message, actions));
+  if (active) told.append(el("div", { className: "offers" }, ...buttons));
   return el("div", { className: "problem", role: "alert" }, icon("alert"), told);
 }
 
@@ -43,6 +44,7 @@ function advice(kind, { retryAfterS, param }) {
 }
 
 function button(offer, message, actions) {
-  const first = offer === "goOn" || offer === "retry" ? "" : "quiet";
-  return el("button", { type: "button", className: first, t: `offer.${offer}`, on: { click: () => actions[offer](message) } });
+  const className = offer === "goOn" || offer === "retry" ? "" : "quiet";
+  const click = () => actions[offer](message);
+  return el("button", { type: "button", className, t: `offer.${offer}`, on: { click } });
 }

@@ -27,11 +27,11 @@ export function startSettings(session, saved) {
 function settingsForm(settings) {
   const system = el("textarea", { name: "system", rows: 3, value: settings.system });
   const stop = el("textarea", { name: "stop", rows: 2, value: settings.stop.map(escaped).join("\n") });
-  const key = el("input", { name: "key", type: "password", autocomplete: "off", spellcheck: false, value: apiKey.get() });
+  const key = el("input", { name: "key", type: "password", autocomplete: "off", value: apiKey.get() });
   const numbers = Object.entries(NUMBERS).map(([name, range]) => numberField(name, range, settings[name]));
   return el(
     "form",
-    {},
+    { autocomplete: "off" },
     field("system", system, "hint.system"),
     el("fieldset", {}, el("legend", { t: "sampling" }), el("p", { className: "note", t: "hint.sampling" }), ...numbers),
     field("stop", stop, "hint.stop"),
@@ -54,9 +54,11 @@ function field(name, input, hint) {
 }
 
 function readForm({ elements }) {
-  const numbers = Object.keys(NUMBERS).map((name) => [name, elements[name].value === "" ? null : Number(elements[name].value)]);
-  const stop = elements.stop.value.split("\n").filter(Boolean).map(unescaped);
-  return sound({ system: elements.system.value, stop, ...Object.fromEntries(numbers) });
+  const settings = { system: elements.system.value };
+  settings.stop = elements.stop.value.split("\n").filter(Boolean).map(unescaped);
+  // An empty field is no number, and left out as such.
+  for (const name of Object.keys(NUMBERS)) settings[name] = elements[name].valueAsNumber;
+  return sound(settings);
 }
 
 /** Stop strings are written one a line, so a line break in one is written `\n`. */

@@ -39,12 +39,13 @@ export function startDrawer(id, openId, closeId, scrimId) {
   });
   closer.addEventListener("click", close);
   if (scrimId) byId(scrimId).addEventListener("click", close);
-  document.addEventListener("keydown", (event) => {
+  const escape = (event) => {
     if (event.key !== "Escape" || !document.body.classList.contains(`${id}-open`)) return;
     // What is in front closes first: Escape stops no answer then.
     event.preventDefault();
     close();
-  }, { capture: true });
+  };
+  document.addEventListener("keydown", escape, { capture: true });
   return { close };
 }
 

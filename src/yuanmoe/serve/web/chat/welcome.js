@@ -26,5 +26,6 @@ function about({ model, parameters, active, layers, chosen }) {
   const billions = (count) => number(count, { notation: "compact", maximumSignificantDigits: 3 });
   const numbers = { model, parameters: billions(parameters), active: billions(active), chosen };
   if (!layers.length) return t("aboutDense", numbers);
-  return t("aboutExperts", { ...numbers, experts: Math.max(...layers.map(({ experts }) => experts)), layers: layers.length });
+  const experts = Math.max(...layers.map((each) => each.experts));
+  return t("aboutExperts", { ...numbers, experts, layers: layers.length });
 }

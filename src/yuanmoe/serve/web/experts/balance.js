@@ -1,8 +1,8 @@
 // How evenly the tokens of a layer spread over its experts.
 
 /**
- * Of visits by expert: their `total`, the experts `used`, the `entropy` of the shares in bits, the number of equally busy
- * experts with that entropy (`effective`), and the busiest expert's visits over the mean (`maxOverMean`).
+ * Of visits by expert: their `total`, the experts `used`, the `entropy` of the shares in bits, the number of equally
+ * busy experts with that entropy (`effective`), and the busiest expert's visits over the mean (`maxOverMean`).
  */
 export function balance(visits) {
   const total = visits.reduce((sum, count) => sum + count, 0);

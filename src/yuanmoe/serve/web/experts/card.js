@@ -9,7 +9,7 @@ const ROWS = 12;
 
 export function hideCard() {
   byId("token-card").hidden = true;
-  for (const node of document.querySelectorAll('[aria-describedby="token-card"]')) node.removeAttribute("aria-describedby");
+  document.querySelector('[aria-describedby="token-card"]')?.removeAttribute("aria-describedby");
 }
 
 export const cardIsShown = () => !byId("token-card").hidden;
@@ -27,7 +27,7 @@ export function showCard({ message, at, node }) {
 function head(message, at) {
   const logprob = message.logprobs[at];
   const text = message.surfaces[at].replaceAll("\n", "\u21b5").replaceAll(" ", "\u2423");
-  const likely = logprob === null || logprob === undefined ? "" : t("likelihood", { percent: percent(Math.exp(logprob)) });
+  const likely = Number.isFinite(logprob) ? t("likelihood", { percent: percent(Math.exp(logprob)) }) : "";
   return el("p", { className: "card-head" }, el("b", {}, text || t("partOfCharacter")), el("span", {}, likely));
 }
 

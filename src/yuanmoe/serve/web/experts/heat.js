@@ -154,7 +154,8 @@ export class HeatMap {
     const details = byId("heat-values");
     if (!details.open || !this.data) return;
     const { layers, width } = this.data;
-    const head = el("tr", {}, el("th", { t: "layer" }), ...Array.from({ length: width }, (_, expert) => el("th", {}, String(expert))));
+    const names = Array.from({ length: width }, (_, expert) => el("th", {}, String(expert)));
+    const head = el("tr", {}, el("th", { t: "layer" }), ...names);
     const rows = layers.map(({ layer, experts }, place) => {
       const cells = Array.from({ length: experts }, (_, expert) => el("td", {}, number(this.visits(place, expert))));
       return el("tr", {}, el("th", {}, String(layer)), ...cells);

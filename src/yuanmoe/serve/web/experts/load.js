@@ -27,7 +27,8 @@ export class LoadView {
     const { place } = lens.value;
     const rows = data ? rowsOf(data.visits, data.layers, data.width) : [];
     const row = rows[place] ?? [];
-    byId("load-title").textContent = data?.layers[place] ? t("loadTitle", { layer: data.layers[place].layer }) : t("loadTitleEmpty");
+    const layer = data?.layers[place]?.layer;
+    byId("load-title").textContent = layer === undefined ? t("loadTitleEmpty") : t("loadTitle", { layer });
     byId("load-figures").textContent = row.length ? t("loadFigures", written(balance(row), row.length)) : "";
     this.#showBars(row);
     if (byId("layers").open) byId("layers").querySelector(".scroll").replaceChildren(table(data, rows));
@@ -52,7 +53,8 @@ export class LoadView {
 
 function bar(expert) {
   const fill = el("i");
-  const node = el("button", { type: "button", className: "bar" }, el("span", { className: "well" }, fill), String(expert));
+  const well = el("span", { className: "well" }, fill);
+  const node = el("button", { type: "button", className: "bar" }, well, String(expert));
   paint(node, expert);
   return { node, fill };
 }
@@ -74,8 +76,9 @@ function table(data, rows) {
   const head = el("tr", {}, el("th", { t: "layer" }), ...FIGURES.map((name) => el("th", { t: `figure.${name}` })));
   const body = rows.map((row, place) => {
     const figures = written(balance(row), row.length);
-    const choose = el("button", { type: "button", className: "quiet", on: { click: () => look({ place }) } }, String(data.layers[place].layer));
-    const cells = FIGURES.map((name) => el("td", {}, figures[name]));
+    const name = String(data.layers[place].layer);
+    const choose = el("button", { type: "button", className: "quiet", on: { click: () => look({ place }) } }, name);
+    const cells = FIGURES.map((figure) => el("td", {}, figures[figure]));
     return el("tr", { className: place === lens.value.place ? "chosen" : "" }, el("th", {}, choose), ...cells);
   });
   return el("table", {}, el("thead", {}, head), el("tbody", {}, ...body));

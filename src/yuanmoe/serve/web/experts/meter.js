@@ -8,7 +8,8 @@ const MODELS = ["own", "dense", "llama"];
 
 /** Tokens that the server computed for a conversation; of an answer on its way, those that came. */
 export function computedTokens(conversation) {
-  return conversation.answers().reduce((sum, { usage, surfaces }) => sum + usage.read + Math.max(usage.written, surfaces.length), 0);
+  const count = ({ usage, surfaces }) => usage.read + Math.max(usage.written, surfaces.length);
+  return conversation.answers().reduce((sum, answer) => sum + count(answer), 0);
 }
 
 export function showMeter(info, conversation) {

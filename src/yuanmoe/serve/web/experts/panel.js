@@ -21,7 +21,8 @@ export function startPanel(session, view) {
     const { info, current } = session;
     if (view.value !== "experts" || !info.value) return;
     const data = source.read();
-    byId("source-note").textContent = data ? t(`sourceNote.${source.kind.value}`, { tokens: number(data.tokens) }) : t("sourceEmpty");
+    const note = data ? `sourceNote.${source.kind.value}` : "sourceEmpty";
+    byId("source-note").textContent = t(note, { tokens: number(data?.tokens ?? 0) });
     heat.update(data);
     load.update(data);
     showMeter(info.value, current.value);

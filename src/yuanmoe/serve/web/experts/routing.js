@@ -85,17 +85,17 @@ export class Routing {
 
   /** The expert that gives a token its colour; `rank` is a place in the order, or `strongest`. */
   expert(token, place, rank) {
-    const visited = this.of(token, place);
-    if (!visited) return null;
-    const best = rank === "strongest" ? visited.reduce((one, other) => (other.weight > one.weight ? other : one)) : visited[rank];
-    return best?.expert ?? null;
+    const visited = this.of(token, place) ?? [];
+    if (rank === "strongest") visited.sort((one, other) => other.weight - one.weight);
+    return visited[rank === "strongest" ? 0 : rank]?.expert ?? null;
   }
 
   /** Plain data, for the database and for files. */
   toJSON() {
     const size = this.length * this.layers.length * this.chosen;
     const { layers, chosen, length } = this;
-    return { layers, chosen, length, experts: base64(this.#experts.slice(0, size)), weights: base64(this.#weights.slice(0, size)) };
+    const [experts, weights] = [this.#experts, this.#weights].map((array) => base64(array.slice(0, size)));
+    return { layers, chosen, length, experts, weights };
   }
 
   /** The inverse of `toJSON`. Raises an Error for anything else. */

@@ -83,20 +83,28 @@ export class TokensView {
       return hideCard();
     }
     const at = Number(event.target.dataset.at);
-    const last = this.tokens.length - 1;
-    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last, ArrowDown: this.#line(at, 1), ArrowUp: this.#line(at, -1) };
-    const next = this.tokens[to[event.key]];
+    const next = this.tokens[this.#steps[event.key]?.(at)];
     if (!next) return;
     event.preventDefault();
     this.#activate(next);
   }
 
-  /** The nearest token on the next line in that direction. */
+  #steps = {
+    ArrowRight: (at) => at + 1,
+    ArrowLeft: (at) => at - 1,
+    ArrowDown: (at) => this.#line(at, 1),
+    ArrowUp: (at) => this.#line(at, -1),
+    Home: () => 0,
+    End: () => this.tokens.length - 1,
+  };
+
+  /** The nearest token on the line below, or with step -1 above. */
   #line(at, step) {
     const here = this.tokens[at].getBoundingClientRect();
+    const there = ({ top, bottom, left }) =>
+      step > 0 ? top > here.bottom - 1 && left >= here.left : bottom < here.top + 1 && left <= here.left;
     let next = at + step;
-    const passes = (box) => (step > 0 ? box.top >= here.bottom - 1 && box.left >= here.left : box.bottom <= here.top + 1 && box.left <= here.left);
-    while (this.tokens[next] && !passes(this.tokens[next].getBoundingClientRect())) next += step;
+    while (this.tokens[next] && !there(this.tokens[next].getBoundingClientRect())) next += step;
     return next;
   }
 }

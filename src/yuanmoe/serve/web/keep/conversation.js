@@ -1,7 +1,7 @@
 // A conversation is a tree of messages, so that editing a question or asking again keeps what was there before.
 //
 // A message is {id, conversation, parent, role, content, created}; an answer also has `status` (writing, done, stopped,
-// dropped, failed), `finish`, `error`, `usage`, `surfaces` (the text of every token) and `routing` (see experts/routing).
+// dropped, failed), `finish`, `error`, `usage`, of every token `surfaces` (its text) and `logprobs`, and `routing`.
 
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), hex).join("");
 const hex = (byte) => byte.toString(16).padStart(2, "0");
@@ -17,7 +17,7 @@ export class Conversation {
 
   static start(settings) {
     const now = Date.now();
-    return new Conversation({ id: newId(), title: "", created: now, updated: now, leaf: null, settings: { ...settings } });
+    return new Conversation({ id: newId(), title: "", created: now, updated: now, leaf: null, settings });
   }
 
   /** The messages that are shown, from the first question to the leaf. */

@@ -41,9 +41,10 @@ function readConversation({ title, created, updated, leaf, settings, messages })
 }
 
 function readMessage(message, conversation, ids) {
-  const { id, parent, role, content, created } = message;
-  if (!["user", "assistant"].includes(role) || typeof content !== "string") throw new Error("a message of no known kind");
-  const plain = { id: ids.get(id), conversation, parent: ids.get(parent) ?? null, role, content, created: time(created) };
+  const { role, content } = message;
+  if (!["user", "assistant"].includes(role) || typeof content !== "string") throw new Error("a message of no kind");
+  const [id, parent] = [ids.get(message.id), ids.get(message.parent) ?? null];
+  const plain = { id, conversation, parent, role, content, created: time(message.created) };
   return role === "user" ? plain : { ...plain, ...readAnswer(message) };
 }
 

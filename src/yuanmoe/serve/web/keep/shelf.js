@@ -1,4 +1,4 @@
-// Conversations in this browser's IndexedDB: heads for the list, messages one by one, so that a long answer saves alone.
+// Conversations in this browser's IndexedDB: heads for the list, messages one by one: a long answer is saved alone.
 // Without a database (private windows of some browsers) conversations last until the page is closed.
 
 import { Conversation } from "./conversation.js";

@@ -72,7 +72,8 @@ function heading(lines, at) {
   let end = text.length;
   while (text[end - 1] === "#") end--;
   const closed = end === 0 || /\s/.test(text[end - 1]);
-  return { block: { type: "heading", level: marks.length, text: closed ? text.slice(0, end).trim() : text }, end: at + 1 };
+  const block = { type: "heading", level: marks.length, text: closed ? text.slice(0, end).trim() : text };
+  return { block, end: at + 1 };
 }
 
 function rule(lines, at) {
@@ -157,7 +158,8 @@ function columns(lines, at) {
 function table(lines, at, depth) {
   const align = columns(lines, at);
   let end = at + 2;
-  while (end < lines.length && !blank(lines[end]) && (lines[end].includes("|") || !interrupts(lines, end, depth))) end++;
+  const goesOn = (line) => !blank(line) && (line.includes("|") || !interrupts(lines, end, depth));
+  while (end < lines.length && goesOn(lines[end])) end++;
   const fit = (row) => align.map((_, column) => row[column] ?? "");
   const rows = lines.slice(at + 2, end).map((line) => fit(cells(line)));
   return { block: { type: "table", align, head: cells(lines[at]), rows }, end };

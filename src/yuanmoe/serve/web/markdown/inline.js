@@ -1,5 +1,5 @@
 // Markdown's inline marks: one text to a list of strings and {type, children} objects; types are code, strong, em, del
-// and link. One pass, linear in the text: an opening mark that never closes costs nothing more than its place on a stack.
+// and link. One pass, linear in the text: an opening mark that never closes costs its place on a stack, nothing more.
 // Whether a star opens or closes depends on spaces alone, so that it works beside Chinese punctuation too.
 
 const MAX_OPEN = 24;

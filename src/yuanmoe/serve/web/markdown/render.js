@@ -53,5 +53,6 @@ function renderInline(node) {
   const children = node.children.map(renderInline);
   if (node.type !== "link") return el(node.type, {}, ...children);
   // The real address is shown to those who point at the link, whatever its text claims.
-  return el("a", { href: node.href, title: node.href, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
+  const { href } = node;
+  return el("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
 }

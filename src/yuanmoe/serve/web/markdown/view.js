@@ -1,8 +1,8 @@
 // A text that grows, shown as Markdown: only what may still change is rendered again.
 //
 // A block depends on nothing before it, so what lies above the last blocks is final. A paragraph may still swallow the
-// line after it while that line is incomplete (`-` may become `-5 degrees`), and a table shows in its second line; hence
-// a block is final when two whole lines follow it.
+// line after it while that line is incomplete (`-` may become `-5 degrees`), and a table shows in its second line: a
+// block is final when the next one began two whole lines ago.
 
 import { el } from "../core/dom.js";
 import { parseBlocks } from "./blocks.js";

@@ -37,11 +37,11 @@ export function errorOf(body, status = 500, retryAfter = null) {
 }
 
 async function request(path, body, signal) {
-  const key = apiKey.get();
-  const headers = { ...(key && { Authorization: `Bearer ${key}` }), ...(body && { "Content-Type": "application/json" }) };
+  const headers = apiKey.get() ? { Authorization: `Bearer ${apiKey.get()}` } : {};
+  if (body) headers["Content-Type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new ServerError("unreachable", String(error.message ?? error));

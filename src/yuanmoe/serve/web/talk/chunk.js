@@ -1,7 +1,7 @@
 // One chunk of a streamed answer, from either kind of completion, in one form. Source: the OpenAI API's chat completion
 // chunk and completion objects, with this server's `routing`.
 
-/** {text, tokens: [{bytes, logprob}], routing, finish, usage}; `routing` as the server sends it, see experts/routing.js. */
+/** {text, tokens: [{bytes, logprob}], routing, finish, usage}; `routing` as the server sends it. */
 export function readChunk(chunk) {
   const choice = chunk.choices?.[0];
   return {
@@ -14,8 +14,9 @@ export function readChunk(chunk) {
 }
 
 function tokensOf(logprobs) {
-  if (logprobs?.content) return logprobs.content.map(({ bytes, logprob }) => ({ bytes: Uint8Array.from(bytes), logprob }));
-  return (logprobs?.tokens ?? []).map((name, at) => ({ bytes: bytesOf(name), logprob: logprobs.token_logprobs[at] }));
+  const { content, tokens = [], token_logprobs: values } = logprobs ?? {};
+  if (content) return content.map(({ bytes, logprob }) => ({ bytes: Uint8Array.from(bytes), logprob }));
+  return tokens.map((name, at) => ({ bytes: bytesOf(name), logprob: values[at] }));
 }
 
 const ESCAPED = /^bytes:((?:\\x[0-9a-f]{2})+)$/;

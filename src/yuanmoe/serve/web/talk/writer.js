@@ -28,7 +28,8 @@ export class Writer {
     message.routing?.resumeAt(message.surfaces.length);
     try {
       const [path, body] = message.content ? await this.#continuation() : this.#question();
-      for await (const chunk of stream(path, { ...body, ...this.#common() }, this.#abort.signal)) this.#take(readChunk(chunk));
+      const chunks = stream(path, { ...body, ...this.#common() }, this.#abort.signal);
+      for await (const chunk of chunks) this.#take(readChunk(chunk));
       message.status = "done";
     } catch (error) {
       this.#ended(error);
@@ -56,7 +57,8 @@ export class Writer {
   }
 
   #common() {
-    return { model: this.info.model, routing: this.info.layers.length > 0, ...requestFields(this.conversation.head.settings) };
+    const { model, layers } = this.info;
+    return { model, routing: layers.length > 0, ...requestFields(this.conversation.head.settings) };
   }
 
   #take({ text, tokens, routing, finish, usage }) {
@@ -105,5 +107,6 @@ function addUsage(total, usage) {
 /** The fields of an answer of which nothing is written yet. */
 export function emptyAnswer(info) {
   const routing = info.layers.length ? new Routing(info) : null;
-  return { status: "writing", finish: null, error: null, surfaces: [], logprobs: [], routing, usage: { read: 0, written: 0 } };
+  const usage = { read: 0, written: 0 };
+  return { status: "writing", finish: null, error: null, usage, surfaces: [], logprobs: [], routing };
 }
