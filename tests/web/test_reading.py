@@ -1,6 +1,7 @@
 """Who can use the page: languages, themes, keyboard alone, a phone, and what assistive technology is told."""
 
 import re
+import urllib.request
 
 LOOK_UP = "async (language) => Object.entries((await import(`/strings/${language}.js`)).default)"
 CJK = re.compile("[\u4e00-\u9fff]")
@@ -36,6 +37,15 @@ def test_the_browsers_language_decides_and_can_be_changed(opened, served, engine
     assert not CJK.search(page.locator("body").inner_text().replace("\u4e2d\u6587", ""))
     page.reload()
     expect(page.locator("#new-conversation")).to_have_text("New conversation")
+
+
+def test_the_page_is_asked_for_anew_and_may_load_nothing_else(served, browser):
+    for path in ("", "page.js", "styles/base.css", "icons.svg"):
+        with urllib.request.urlopen(f"{served.url}/{path}") as response:
+            assert response.headers["Cache-Control"] == "no-cache"
+            policy = response.headers["Content-Security-Policy"]
+            assert "default-src 'none'" in policy
+            assert "unsafe" not in policy
 
 
 def test_the_systems_theme_decides_and_can_be_changed(opened, served, engine):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -80,8 +81,17 @@ def create_app(service: Service, metrics: Metrics, access: Access) -> FastAPI:
     _add_completions(app, service)
     _add_tokens(app, service)
     _add_data(app, service, metrics)
-    app.mount("/", StaticFiles(directory=str(files("yuanmoe.serve") / "web"), html=True), name="page")
+    app.mount("/", _Page(directory=str(files("yuanmoe.serve") / "web"), html=True), name="page")
     return app
+
+
+class _Page(StaticFiles):
+    """The page's files, which browsers ask about at every visit: after an update none may be of another version."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 def _middleware(access: Access, metrics: Metrics) -> list[Middleware]:
