@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": ("inspect", "Look into a model: what it does with a text."),
     "data": ("data", "Turn text into tokens to train on, and look into them."),
     "bench": ("bench", "Measure speed side by side with transformers."),
+    "train": ("train", "Train a model: from random weights or from a checkpoint."),
     "demo": ("demo", "Train a small model here and let it complete code."),
 }
 """Command: file of this folder, line of help."""
