@@ -56,7 +56,7 @@ class Target:
         return {name: float(value) for name, value in found}
 
     def all_numbers(self) -> dict[str, float]:
-        """With the processor time of all threads, and of the first, the event loop's; 0 where the process is not ours."""
+        """With the processor time of all threads, and of the event loop's; 0 where the process is not ours."""
         if self.process is None:
             return self.numbers() | {"cpu_s": 0.0, "event_loop_cpu_s": 0.0}
         folder = Path(f"/proc/{self.process.pid}")
