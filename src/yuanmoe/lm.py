@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from yuanmoe.checkpoint.adapter import attach_adapter, open_adapter
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.checkpoint.native_config import parse_dtype, parse_kv_dtype
 from yuanmoe.checkpoint.store import open_checkpoint
@@ -23,6 +24,7 @@ from yuanmoe.engine.generate import FinishReason, Generation, Timing, Token, Tok
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.engine.score import score
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.lora import detach
 from yuanmoe.plan.cost import Precision
 
 Prompt = str | list[int]
@@ -115,6 +117,22 @@ class LanguageModel:
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
+        self.adapter: Path | None = None
+        """The directory of what is attached, if anything is."""
+
+    def attach(self, adapter: str | Path) -> None:
+        """Lets an adapter correct the model from here on, in the place of any other; the weights stay as they are.
+
+        Between answers, not while one is streamed: what is cached of it was computed without. Raises CheckpointError
+        for what is no adapter, or one of another base.
+        """
+        attach_adapter(self.model, open_adapter(adapter))
+        self.adapter = Path(adapter)
+
+    def detach(self) -> None:
+        """Takes the adapter away: the model answers as it did before there was one, bit for bit."""
+        detach(self.model)
+        self.adapter = None
 
     @property
     def config(self) -> ModelConfig:
@@ -189,13 +207,15 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     kv_dtype: torch.dtype | str | None = None,
+    adapter: str | Path | None = None,
     **changes: Any,
 ) -> LanguageModel:
     """Opens a checkpoint of any format, quantized ones included, with its tokenizer.
 
     `dtype` is the checkpoint's own unless one is named (float32 for a quantized one on a CPU); `device` is a GPU where
     there is one. `kv_dtype` is that of cached keys and values: `int8` halves what a long context takes and reads;
-    by default `dtype`, or bfloat16 under quantized weights. `changes` are those of `load_model`, such as `rope_theta`.
+    by default `dtype`, or bfloat16 under quantized weights. `adapter` is a directory that `LanguageModel.attach` takes.
+    `changes` are those of `load_model`, such as `rope_theta`.
     Raises ConfigError, CheckpointError, ResourceError and TokenizerError.
     """
     if isinstance(dtype, str):
@@ -209,4 +229,7 @@ def load(
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, source.config.vocab_size, source.config.eod_token_id)
     model = load_model(path, dtype=dtype, kv_dtype=kv_dtype, device=device, **changes)
-    return LanguageModel(model, tokenizer, source.precision)
+    lm = LanguageModel(model, tokenizer, source.precision)
+    if adapter is not None:
+        lm.attach(adapter)
+    return lm

@@ -18,6 +18,8 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, ConfigError
 
 FORMAT = "yuanmoe"
+ADAPTER_FORMAT = "yuanmoe-adapter"
+"""Of a directory that holds no model, but what is put beside one (`adapter.py`)."""
 VERSION = 1
 
 _DTYPES = {

@@ -26,7 +26,7 @@ from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, Weights, main_dtyp
 from yuanmoe.checkpoint.mapped import MappedBytes
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, check_tensors, layout, to_native
 from yuanmoe.checkpoint.megatron import is_megatron, megatron_fields, open_megatron
-from yuanmoe.checkpoint.native_config import FORMAT, Origin, parse_dtype, read_native_config
+from yuanmoe.checkpoint.native_config import ADAPTER_FORMAT, FORMAT, Origin, parse_dtype, read_native_config
 from yuanmoe.checkpoint.official_config import official_fields
 from yuanmoe.checkpoint.packed_weight import packed_formats, packed_weights, read_record
 from yuanmoe.checkpoint.shards import open_weights
@@ -86,6 +86,8 @@ def open_checkpoint(path: Path | str, *, ignore_unknown: bool = False) -> Source
     values = read_json(config_file) if config_file.is_file() else {}
     if values.get("format") == FORMAT:
         return _open_native(path, values)
+    if values.get("format") == ADAPTER_FORMAT:
+        raise CheckpointError(f"{path} is an adapter, no model; give its base as the model, and it with --adapter")
     if is_megatron(path):
         checkpoint = open_megatron(path)
         fields = official_fields(values, ignore_unknown=ignore_unknown) if values else megatron_fields(checkpoint)

@@ -25,6 +25,7 @@ NEW_TOKENS = 256
 """Where nothing else is asked for."""
 
 Model = Annotated[Path, typer.Option(help="Directory of a checkpoint, of any format.")]
+Adapter = Annotated[Path | None, typer.Option(help="Directory of an adapter of this model, as LoRA writes it.")]
 Prompt = Annotated[str | None, typer.Argument(help="Text to continue; by default stdin.")]
 PromptFile = Annotated[Path | None, typer.Option(help="A file that holds the prompt.")]
 Suffix = Annotated[str | None, typer.Option(help="Write what belongs between the prompt and this text.")]
@@ -60,6 +61,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 def generate(
     model: Model,
     prompt: Prompt = None,
+    adapter: Adapter = None,
     prompt_file: PromptFile = None,
     suffix: Suffix = None,
     instruct: Instruct = False,
@@ -91,7 +93,7 @@ def generate(
     if temperature == 0:
         _check_greedy(sampling)
     text = _read_prompt(prompt, prompt_file)
-    lm = _load(model, dtype, kv_dtype, device, threads)
+    lm = _load(model, adapter, dtype, kv_dtype, device, threads)
     ids = _prompt_ids(lm, text, suffix, instruct)
     if max_new_tokens is None:
         max_new_tokens = max(1, min(NEW_TOKENS, lm.config.max_position_embeddings - len(ids)))
@@ -109,6 +111,7 @@ def generate(
 
 def chat(
     model: Model,
+    adapter: Adapter = None,
     system: Annotated[str | None, typer.Option(help="Text that stands before the conversation.")] = None,
     max_new_tokens: AnswerTokens = None,
     temperature: Temperature = 0.6,
@@ -133,7 +136,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    lm = _load(model, dtype, kv_dtype, device, threads)
+    lm = _load(model, adapter, dtype, kv_dtype, device, threads)
     conversation = Conversation(lm, system=system, stop=stop or (), sampling=sampling)
     conversation.run()
     if conversation.failed:
@@ -169,7 +172,12 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _load(
-    model: Path, dtype: str | None, kv_dtype: str | None, device: str | None, threads: int | None
+    model: Path,
+    adapter: Path | None,
+    dtype: str | None,
+    kv_dtype: str | None,
+    device: str | None,
+    threads: int | None,
 ) -> "LanguageModel":
     with people().status(f"loading {model}"):
         import torch
@@ -178,7 +186,7 @@ def _load(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        return load(model, dtype, device, kv_dtype)
+        return load(model, dtype, device, kv_dtype, adapter=adapter)
 
 
 def _prompt_ids(lm: "LanguageModel", text: str, suffix: str | None, instruct: bool) -> list[int]:

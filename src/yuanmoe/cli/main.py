@@ -30,6 +30,7 @@ COMMANDS = {
     "data": ("data", "Turn text into tokens to train on, and look into them."),
     "bench": ("bench", "Measure speed side by side with transformers."),
     "train": ("train", "Train a model: from random weights or from a checkpoint."),
+    "adapter": ("lora", "Look at what LoRA learned, merge it into weights, export it."),
     "demo": ("demo", "Train a small model here and let it complete code."),
 }
 """Command: file of this folder, line of help."""

@@ -90,6 +90,8 @@ def _resolve(recipe: Recipe, weights: "Source | None", context: int | None, sett
         from yuanmoe.train.start import on_weights
 
         recipe = on_weights(recipe, weights.config)
+    elif recipe.lora:
+        raise UsageError("LoRA adapts a model that is there: name its checkpoint with --init, in 4 bits or whole")
     if context is not None:
         recipe = recipe.extend_context(context)
     return override(recipe, settings)
@@ -108,7 +110,9 @@ def _train(
     import torch
 
     from yuanmoe.checkpoint.native_config import Origin
+    from yuanmoe.cli.lora import print_adapted
     from yuanmoe.cli.training import Job, run_training
+    from yuanmoe.train.adapt import adapted_model
     from yuanmoe.train.checkpoint import newest
     from yuanmoe.train.data import open_data
     from yuanmoe.train.start import loaded_model, new_model
@@ -117,14 +121,18 @@ def _train(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_data(data, recipe)
     checkpoint = _checkpoint(place, recipe, opened.identity, console)
-    _check_memory(recipe, device)
-    origin = Origin()
+    _check_memory(recipe, weights, device)
+    origin, base = Origin(), None
     with console.status("making the model"):
-        source = _open(checkpoint) or weights
+        source = weights if recipe.lora else _open(checkpoint) or weights
         if source is None:
             model = new_model(recipe, device)
+        elif recipe.lora:
+            model, base = adapted_model(recipe, source, device, checkpoint)
         else:
             model, origin = loaded_model(recipe, source, device), source.origin
+    if recipe.lora:
+        print_adapted(console, recipe.model, recipe.lora)
     job = Job(
         model=model,
         recipe=recipe,
@@ -132,6 +140,7 @@ def _train(
         folder=place.folder,
         console=console,
         origin=origin,
+        base=base,
         resumed_from=checkpoint,
     )
     found = run_training(job)
@@ -180,10 +189,16 @@ def _check_changes(place: _Place, changed: dict[str, tuple[Any, Any]], console: 
         console.print(f"changed: {said}", soft_wrap=True, markup=False)
 
 
-def _check_memory(recipe: Recipe, device: str) -> None:
+def _check_memory(recipe: Recipe, weights: "Source | None", device: str) -> None:
     """Raises ResourceError where not even the parameters and what belongs to them fit."""
     parameters = sum(cost.parameters(recipe.model).values())
     needed = parameters * STATE_BYTES[recipe.run.dtype]
+    if recipe.lora and weights:
+        from yuanmoe.cli.lora import num_adapted
+
+        parameters = num_adapted(recipe.model, recipe.lora)
+        frozen = sum(tensor.nbytes for tensor in weights.stored.values())
+        needed = parameters * STATE_BYTES["float32"] + frozen
     free = read_machine().available_bytes
     if device == "cpu" and free is not None and needed > free:
         raise ResourceError(

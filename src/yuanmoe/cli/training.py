@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from yuanmoe.checkpoint.adapter import Base, adapter_of
 from yuanmoe.checkpoint.native_config import Origin
 from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.probe import matmul_rate
@@ -26,7 +27,7 @@ from yuanmoe.lm import LanguageModel
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.runs import RunFolder
 from yuanmoe.train.board import Board
-from yuanmoe.train.checkpoint import Checkpoints, read_facts, read_tensors, snapshot
+from yuanmoe.train.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, read_tensors, snapshot
 from yuanmoe.train.data import TrainingData
 from yuanmoe.train.loop import Progress, Training
 from yuanmoe.train.meter import Reading, bits_per_byte, flops_per_token, metrics, read
@@ -50,6 +51,8 @@ class Job:
     console: Console
     origin: Origin = field(default_factory=Origin)
     """Of the weights it started from."""
+    base: Base | None = None
+    """What a run of LoRA adapts; its checkpoints are adapters."""
     keeps: bool = True
     """Whether the run is saved on its way, and writes curves for TensorBoard."""
     resumed_from: Path | None = None
@@ -166,12 +169,19 @@ class _Desk(ExitStack):
 
     def _open_checkpoints(self) -> Checkpoints:
         keep_last, folder = self.job.recipe.run.keep_last, self.job.folder / CHECKPOINTS
-        return Checkpoints(folder, keep_last=keep_last, companions=self.job.data.tokenizer, say=self._say)
+        # The tokenizer of an adapter is its base's.
+        companions = self.job.data.tokenizer if self.job.base is None else None
+        return Checkpoints(folder, keep_last=keep_last, companions=companions, say=self._say)
 
     def _save(self) -> None:
         if self._checkpoints is not None:
-            facts = self.training.facts() | self._identity
-            self._checkpoints.save(snapshot(self.job.model, self.training.tensors(), facts, self.job.origin))
+            self._checkpoints.save(self._snapshot(self.training.facts() | self._identity))
+
+    def _snapshot(self, facts: dict[str, Any]) -> Snapshot:
+        job, tensors = self.job, self.training.tensors()
+        if job.recipe.lora is None or job.base is None:
+            return snapshot(job.model, tensors, facts, job.origin)
+        return adapter_snapshot(adapter_of(job.model, job.recipe.lora, job.base), tensors, facts)
 
     def _rescue(self) -> str:
         """Saves the state before a step that was not taken, and says where it is."""

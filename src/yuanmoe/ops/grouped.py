@@ -107,8 +107,7 @@ def experts_forward(
     gradients and factors.
     """
     plain = gate_up_factors is None and down_factors is None
-    whole = isinstance(gate_up, Tensor) and isinstance(down, Tensor) and plain
-    if whole and native.suits_bf16(x, gate_up, down):
+    if plain and isinstance(gate_up, Tensor) and isinstance(down, Tensor) and native.suits_bf16(x, gate_up, down):
         return native.bf16_moe(x, gate_up, down, weights, experts)
     if x.device.type == "cpu" and 0 < len(x) <= GATHERED_UP_TO_TOKENS and not torch.is_grad_enabled():
         return _gathered(x, (gate_up, gate_up_factors), (down, down_factors), weights, experts)

@@ -136,6 +136,14 @@ def training_flops(config: ModelConfig, context: float = 0) -> float:
     return 3 * (forward_flops(config) + attention_flops(config, context))
 
 
+def adapting_flops(config: ModelConfig, factors: float, context: float = 0) -> float:
+    """The same where the weights are frozen and `factors` numbers beside them work for a token and learn.
+
+    A frozen matrix is multiplied forward and for the gradient of what it was applied to, not for one of its own.
+    """
+    return 2 * forward_flops(config) + 3 * attention_flops(config, context) + 6 * factors
+
+
 def prefill_flops(config: ModelConfig, tokens: int) -> float:
     """FLOPs that read a prompt of `tokens` tokens: causal attention over what came before, the head on the last."""
     head = 2 * active_parameters(config)["head"]

@@ -7,6 +7,8 @@
 | training.safetensors | float32 masters of bfloat16 weights, AdamW's moments, sums of router biases |
 | training.json | step, time, schedule, the last steps, held-out losses, the recipe and what names the data |
 
+A run of LoRA holds its adapter there, as `checkpoint/adapter.py` writes it, and nothing of the base.
+
 A save copies everything to memory and returns; a thread writes it beside, flushes it and renames it, and the next save
 waits for it. Generators and the loader have no state: what is random in a step follows from its number (`loop.py`).
 """
@@ -23,6 +25,8 @@ from typing import Any
 
 from torch import Tensor
 
+from yuanmoe.checkpoint import adapter as adapters
+from yuanmoe.checkpoint.adapter import Adapter
 from yuanmoe.checkpoint.json_file import read_json
 from yuanmoe.checkpoint.lazy import TensorView, main_dtype
 from yuanmoe.checkpoint.mapping import layout
@@ -50,6 +54,20 @@ class Snapshot:
     weights: dict[str, Tensor]
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+    is_adapter: bool = False
+    """Whether config and weights are an adapter's."""
+
+
+def adapter_snapshot(adapter: Adapter, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Snapshot:
+    """The same of a run that adapts a base."""
+    return Snapshot(
+        step=facts["step"],
+        config=adapters.described(adapter),
+        weights={name: _copied(tensor) for name, tensor in adapter.tensors.items()},
+        tensors={name: _copied(tensor) for name, tensor in tensors.items()},
+        facts=_plain(facts),
+        is_adapter=True,
+    )
 
 
 def snapshot(
@@ -64,8 +82,13 @@ def snapshot(
         config=native_config(model.config, main_dtype(views), origin),
         weights=weights,
         tensors={name: _copied(tensor) for name, tensor in tensors.items()},
-        facts=json.loads(json.dumps(facts, allow_nan=False)),
+        facts=_plain(facts),
     )
+
+
+def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of JSON values."""
+    return json.loads(json.dumps(facts, allow_nan=False))
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -78,12 +101,15 @@ def write(taken: Snapshot, dst: Path, companions: Path | None) -> None:
     Raises ResourceError when the disk is full and CheckpointError when it fails otherwise.
     """
     copies = [companions / name for name in COMPANIONS if (companions / name).is_file()] if companions else []
+    weights, state = (
+        {name: TensorView.of(tensor) for name, tensor in tensors.items()} for tensors in (taken.weights, taken.tensors)
+    )
     contents = Contents(
-        tensors={name: TensorView.of(tensor) for name, tensor in taken.weights.items()},
+        tensors={} if taken.is_adapter else weights,
         config=taken.config,
         copies=copies,
         extras=lambda _: {FACTS: taken.facts},
-        beside={TENSORS: {name: TensorView.of(tensor) for name, tensor in taken.tensors.items()}},
+        beside={TENSORS: state} | ({adapters.TENSORS: weights} if taken.is_adapter else {}),
     )
     write_checkpoint(dst, contents, say=silent)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from yuanmoe.checkpoint.adapter import active_parameters
 from yuanmoe.plan import cost
 from yuanmoe.train.loop import Progress
 from yuanmoe.train.recipe import Recipe
@@ -44,7 +45,10 @@ class Reading:
 
 def flops_per_token(recipe: Recipe) -> float:
     """Of the model alone, forward and backward, as `plan.cost` counts them; a token sees half its window on average."""
-    return cost.training_flops(recipe.model, (recipe.data.sequence_length + 1) / 2)
+    context = (recipe.data.sequence_length + 1) / 2
+    if recipe.lora is None:
+        return cost.training_flops(recipe.model, context)
+    return cost.adapting_flops(recipe.model, active_parameters(recipe.model, recipe.lora), context)
 
 
 def read(recent: Sequence[Progress], recipe: Recipe) -> Reading:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ConfigError
+from yuanmoe.model.targets import LoraSettings
 
 Precision = Literal["float32", "bfloat16"]
 Shape = Literal["cosine", "constant", "wsd"]
@@ -165,6 +166,8 @@ class Recipe:
     schedule: ScheduleSettings
     balance: BalanceSettings = field(default_factory=BalanceSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    lora: LoraSettings | None = None
+    """With it the model is a frozen base, and only factors beside its matrices learn (`adapt.py`)."""
 
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.max_position_embeddings:
@@ -178,6 +181,10 @@ class Recipe:
         if balance.bias_rate and not self.model.router_bias:
             raise ConfigError(
                 f"balance.bias_rate {balance.bias_rate} moves biases that the model lacks; set model.router_bias=true"
+            )
+        if balance.bias_rate and self.lora is not None:
+            raise ConfigError(
+                f"balance.bias_rate {balance.bias_rate} moves biases of the base, which LoRA leaves alone; set it to 0"
             )
 
     def replace(self, section: str, **changes: Any) -> "Recipe":
@@ -194,9 +201,9 @@ class Recipe:
         return dataclasses.replace(self, model=self.model.extend_context(length), data=data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, section by section."""
+        """Plain JSON values, section by section; without `lora` where everything learns."""
         sections = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values = {name: dataclasses.asdict(section) for name, section in sections.items()}
+        values = {name: dataclasses.asdict(section) for name, section in sections.items() if section is not None}
         return {
             section: {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
             for section, fields in values.items()

@@ -1,0 +1,34 @@
+"""Small adapters for tests: factors that are not zero, beside models of any kind."""
+
+import torch
+
+from small_models import random_model, small_config
+from yuanmoe.checkpoint.adapter import Adapter, adapter_of, base_of, matrices
+from yuanmoe.config import ModelConfig
+from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.lora import attach, new_factors
+from yuanmoe.model.targets import LoraSettings, targets
+
+
+def settings(*roles: str, **changes) -> LoraSettings:
+    values = {"targets": roles or ("q", "k", "v", "o", "experts"), "rank": 4, "alpha": 8.0}
+    return LoraSettings(**{**values, **changes})
+
+
+def adapted(
+    config: ModelConfig | None = None, made: LoraSettings | None = None, *, b_std: float = 0.1, seed: int = 1
+) -> tuple[YuanForCausalLM, Adapter]:
+    """A random model with an adapter whose B is random too (`b_std` 0: as at the start), and that adapter."""
+    model, made = random_model(config or small_config()).requires_grad_(False), made or settings()
+    attach(model, factors(model, made, b_std=b_std, seed=seed), made)
+    return model, adapter_of(model, made, base_of(model, "small"))
+
+
+def factors(
+    model: YuanForCausalLM, made: LoraSettings, *, b_std: float = 0.1, seed: int = 1
+) -> dict[str, torch.Tensor]:
+    tensors = new_factors(targets(matrices(model.config), made), made, seed)
+    torch.manual_seed(seed)
+    return {
+        name: b_std * torch.randn_like(tensor) if name.endswith(".b") else tensor for name, tensor in tensors.items()
+    }
