@@ -21,6 +21,7 @@ from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import UsageError
 from yuanmoe.ops import native
 from yuanmoe.ops.quant import dequantize, unpack
+from yuanmoe.ops.quant import quantize as quantize_tensor
 from yuanmoe.studies.quality import read_loaded, read_streamed
 
 # The released layout has no key for it: hidden / heads channels of a head rotate.
@@ -242,3 +243,17 @@ def test_decibels():
     assert decibels(Noise(100.0, 1.0)) == 20.0
     assert decibels(Noise(1.0, 0.0)) is None
     assert math.isclose(decibels(Noise(2.0, 1.0)), 3.01)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_of_least_error_do_not_shrink_the_weights(bits):
+    """What `mse` makes of weights is as long as they are along them, and closer to them than rounding is."""
+    weight = torch.randn(256, 512)
+    lossy = {method: dequantize(quantize_tensor(weight, bits, 64, method)) for method in ("rtn", "mse")}
+    along = (lossy["mse"] * weight).sum() / weight.square().sum()
+    assert abs(along.item() - 1) < 1e-4
+    errors = {method: (found - weight).square().sum().item() for method, found in lossy.items()}
+    assert errors["mse"] < 0.96 * errors["rtn"]
+    empty = torch.zeros(16, 64)
+    empty[3, 5] = 1e-25
+    assert dequantize(quantize_tensor(empty, bits, 64, "mse")).abs().max() < 1e-6

