@@ -23,6 +23,7 @@ from yuanmoe.config import preset
 from yuanmoe.data import records
 from yuanmoe.data.datasets import check_fits, open_documents, open_sources
 from yuanmoe.data.formats import FormatOptions
+from yuanmoe.data.inputs import find_inputs
 from yuanmoe.data.loader import LoaderOptions, Source
 from yuanmoe.data.manifest import Manifest
 from yuanmoe.data.output import Output
@@ -234,12 +235,26 @@ def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path):
     )
 
 
+def test_a_text_that_a_table_has_once_for_many_rows_is_not_in_memory_for_each(tmp_path):
+    """30 MB of text in a file of some KiB."""
+    parquet.write_table(pyarrow.table({"text": ["x" * 100_000] * 300}), tmp_path / "in.parquet")
+    (file,) = find_inputs([tmp_path / "in.parquet"], max_document_bytes=2**20).files
+    reader = records.Reader(file, one_document_a_line=False, max_bytes=2**20, columns=("text",))
+    held = [pyarrow.total_allocated_bytes() for record in reader if len(record) > 100_000]
+    assert len(held) == 300
+    assert max(held) < 5_000_000
+
+
 def test_tables_with_other_columns_or_rows_too_large(tmp_path):
     parquet.write_table(pyarrow.table({"body": ["x" * 5000, "y" * 5000], "id": [1, 2]}), tmp_path / "in.parquet")
     with pytest.raises(DataError, match=r"in\.parquet has the columns body, id, none of text; name the right one"):
         pack([tmp_path / "in.parquet"], tmp_path / "out", bpe())
     with pytest.raises(DataError, match=r"row group 0: 2 rows of \d+ bytes on average, a document is at most 100"):
         pack([tmp_path / "in.parquet"], tmp_path / "out", bpe(), options(text_field="body", max_document_bytes=100))
+    table = {"text": ["x", None, "y"], "picture": [b"z" * 5000] * 3}
+    parquet.write_table(pyarrow.table(table), tmp_path / "pictures.parquet")
+    (tokens,) = pack([tmp_path / "pictures.parquet"], tmp_path / "pictures", bpe(), options(max_document_bytes=100))
+    assert (tokens.num_documents, tokens.manifest.skipped) == (2, {"empty": 1})
     parquet.write_table(pyarrow.table({"text": ["x" * 5000, *["y"] * 500]}), tmp_path / "in.parquet")
     with pytest.raises(DataError, match=r"in\.parquet, record 1, is longer than 2000 bytes"):
         pack([tmp_path / "in.parquet"], tmp_path / "out", bpe(), options(max_document_bytes=2000))

@@ -158,7 +158,9 @@ class Encoder:
         return self._of_text(self._text(values) if part.json else text.replace("\r\n", "\n"))
 
     def _text(self, values: dict[str, Any]) -> str:
-        text = values.get(self.options.text_field)
+        text = values.get(self.options.text_field, 0)
+        if text is None:  # a null of a table
+            return ""
         if not isinstance(text, str):
             raise UsageError(
                 f"no text in the field {self.options.text_field!r}, the record has {', '.join(values)}; name another "
