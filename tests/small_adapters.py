@@ -16,10 +16,15 @@ def settings(*roles: str, **changes) -> LoraSettings:
 
 
 def adapted(
-    config: ModelConfig | None = None, made: LoraSettings | None = None, *, b_std: float = 0.1, seed: int = 1
+    config: ModelConfig | None = None,
+    made: LoraSettings | None = None,
+    *,
+    b_std: float = 0.1,
+    seed: int = 1,
+    base: YuanForCausalLM | None = None,
 ) -> tuple[YuanForCausalLM, Adapter]:
-    """A random model with an adapter whose B is random too (`b_std` 0: as at the start), and that adapter."""
-    model, made = random_model(config or small_config()).requires_grad_(False), made or settings()
+    """A random model, or `base`, with an adapter, and that adapter; its B is random too (0 at the start: `b_std` 0)."""
+    model, made = (base or random_model(config or small_config())).requires_grad_(False), made or settings()
     attach(model, factors(model, made, b_std=b_std, seed=seed), made)
     return model, adapter_of(model, made, base_of(model, "small"))
 

@@ -16,11 +16,12 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.model.attention import Attention, LocalizedFilter
 from yuanmoe.model.cache import Cache
 from yuanmoe.model.experts import DenseFeedForward, Experts, MixtureOfExperts
-from yuanmoe.model.low_rank import LowRank
+from yuanmoe.model.low_rank import LowRank, factors_of
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
 from yuanmoe.model.sequences import Sequences, WholeSequences, documents_of
 from yuanmoe.ops.linear import linear
+from yuanmoe.ops.low_rank import corrected
 from yuanmoe.ops.rotary import rotary_tables
 
 
@@ -128,8 +129,7 @@ class YuanForCausalLM(nn.Module):
 
     def whole_head(self, dtype: torch.dtype) -> Float[Tensor, "V D"]:
         """The matrix that makes the logits, factors included, for a loss that wants it in one piece."""
-        weight = self.stored_head(dtype)
-        return weight if self.head_lora is None else self.head_lora.added_to(weight)
+        return corrected(self.stored_head(dtype), factors_of(self.head_lora))
 
     def stored_head(self, dtype: torch.dtype) -> Float[Tensor, "V D"]:
         """The same without factors."""

@@ -3,7 +3,6 @@
 Source: LoRA, arXiv 2106.09685. Legend: N tokens, I inputs, O outputs, R rank, E experts.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,10 +25,6 @@ class LowRank(nn.Module):
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         return correction(x, self.factors)
-
-    def added_to(self, weight: Float[Tensor, "*E O I"]) -> Float[Tensor, "*E O I"]:
-        """The corrected matrices themselves, in the dtype of `weight`."""
-        return torch.add(weight, (self.b @ self.a).to(weight.dtype), alpha=self.scale)
 
 
 def factors_of(slot: LowRank | None) -> Factors | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from yuanmoe.ops import native
 from yuanmoe.ops.linear import linear, widens
-from yuanmoe.ops.low_rank import Factors, correction
+from yuanmoe.ops.low_rank import Factors, corrected, correction
 from yuanmoe.ops.packed_linear import packed_linear
 from yuanmoe.ops.quant import PackedTensor, matrix_of
 from yuanmoe.ops.wide import learns_wide, wide_grouped_linear
@@ -132,8 +132,17 @@ def _expert_linear(x: Tensor, stack: _Stack, expert: int) -> Tensor:
     return out if factors is None else out + correction(x, factors.of(expert))
 
 
-def experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+def experts_reference(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up_factors: Factors | None = None,
+    down_factors: Factors | None = None,
+) -> Tensor:
     """The same as `experts_forward`, written as the paper says it: every expert on every token, unchosen ones at 0."""
+    gate_up, down = corrected(gate_up, gate_up_factors), corrected(down, down_factors)
     share = torch.zeros(len(x), gate_up.shape[0], device=x.device).scatter_(1, experts, weights.float())
     outputs = torch.stack([swiglu(x @ g.T) @ d.T for g, d in zip(gate_up, down, strict=True)], dim=1)
     return (outputs.float() * share[..., None]).sum(dim=1).to(x.dtype)

@@ -29,6 +29,11 @@ class Factors(NamedTuple):
         return F.dropout(x, self.dropout) if self.dropout else x
 
 
+def corrected(weight: Float[Tensor, "*E O I"], factors: Factors | None) -> Float[Tensor, "*E O I"]:
+    """The matrices themselves with what their factors add."""
+    return weight if factors is None else weight + (factors.b @ factors.a).to(weight.dtype) * factors.scale
+
+
 def correction(x: Float[Tensor, "*N I"], factors: Factors) -> Float[Tensor, "*N O"]:
     """What the factors of one matrix add to its product with `x`; they may have another dtype than `x`."""
     hidden = linear(factors.seen(x), factors.a.to(x.dtype))
