@@ -14,6 +14,7 @@ from small_models import VARIANTS, random_ids, random_model, small_config
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.checkpoint.quantize import quantize
 from yuanmoe.checkpoint.save import save_native
+from yuanmoe.engine import load
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.requests import Output, Request
 from yuanmoe.engine.sampling import Sampler, SamplingParams, sample
@@ -211,11 +212,14 @@ def test_routing_is_that_of_the_token_that_was_read():
             torch.testing.assert_close(output.routing.weights, torch.stack([layer.weights[place] for layer in whole]))
 
 
-def test_the_load_of_the_experts_counts_every_visit():
+@pytest.mark.parametrize("count_tokens", [3, 4096])
+def test_the_load_of_the_experts_counts_every_visit(monkeypatch, count_tokens):
+    monkeypatch.setattr(load, "COUNT_TOKENS", count_tokens)
     model = random_model(small_config(num_experts=(5, 0, 3), num_hidden_layers=3))
     engine = Engine(model)
     prompt = random_ids(9).tolist()
     (said,) = run(engine, [request(prompt, 3)])
+    assert engine._runner.load._num_uncounted == (11 if count_tokens == 4096 else 2)
     whole = model(torch.tensor([[*prompt, *ids(said)[:-1]]])).routings
     expected = [torch.bincount(layer.experts.flatten(), minlength=5).tolist() for layer in whole]
     assert engine.stats().expert_load.tolist() == expected

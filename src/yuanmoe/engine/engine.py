@@ -97,10 +97,10 @@ class Engine:
 
     def cancel(self, request_id: int) -> bool:
         """Ends a request and frees all it holds, now; whether there was one. No output of it follows."""
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
-            self._schedule.remove(sequence)
-        return sequence is not None
+        if request_id not in self._sequences:
+            return False
+        self._remove(self._sequences[request_id])
+        return True
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -184,11 +184,15 @@ class Engine:
             min(sequence.reused, sequence.num_prompt),
         )
         if output.finish_reason is not None:
-            self.cancel(sequence.request_id)
+            self._remove(sequence)
         return output
 
+    def _remove(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        self._schedule.remove(sequence)
+
     def _fail(self, sequence: Sequence, error: BaseException) -> Output:
-        self.cancel(sequence.request_id)
+        self._remove(sequence)
         return Output(sequence.request_id, -1, math.nan, error=error if isinstance(error, Exception) else None)
 
     def _max_length(self, request: Request) -> int:

@@ -45,11 +45,6 @@ class PagedCache:
         self.page_size = page_size
         self.device = torch.device(device)
 
-    @property
-    def nbytes(self) -> int:
-        tails = sum(tail.nbytes for tails in self.tails for tail in tails)
-        return tails + sum(slots.nbytes for slots in (*self.keys, *self.values))
-
 
 class PagedSequences:
     """The next `new[b]` tokens of each sequence, flat, behind the `past[b]` that its pages hold.
