@@ -20,6 +20,7 @@ from yuanmoe.engine.requests import Output, Request
 from yuanmoe.engine.sampling import Sampler, SamplingParams, sample
 from yuanmoe.engine.score import score
 from yuanmoe.errors import ContextLengthError, UsageError
+from yuanmoe.model.router import Routing
 from yuanmoe.ops import native
 
 NATIVE_PAGE = 32
@@ -212,14 +213,22 @@ def test_routing_is_that_of_the_token_that_was_read():
             torch.testing.assert_close(output.routing.weights, torch.stack([layer.weights[place] for layer in whole]))
 
 
-@pytest.mark.parametrize("count_tokens", [3, 4096])
-def test_the_load_of_the_experts_counts_every_visit(monkeypatch, count_tokens):
-    monkeypatch.setattr(load, "COUNT_TOKENS", count_tokens)
+def test_visits_are_counted_before_they_pile_up(monkeypatch):
+    monkeypatch.setattr(load, "COUNT_TOKENS", 5)
+    counted = load.ExpertLoad((2, 0, 3), torch.device("cpu"))
+    visits = torch.tensor([[0], [1], [1]]), torch.tensor([[2], [2], [0]])
+    one, other = (Routing(torch.ones(3, 1), experts, torch.zeros(3, 3)) for experts in visits)
+    for passes in range(1, 4):
+        counted.add((one, other))
+        assert counted._num_uncounted == 3 * (passes % 2)
+    assert counted.counts().tolist() == [[3, 6, 0], [3, 0, 6]]
+
+
+def test_the_load_of_the_experts_counts_every_visit():
     model = random_model(small_config(num_experts=(5, 0, 3), num_hidden_layers=3))
     engine = Engine(model)
     prompt = random_ids(9).tolist()
     (said,) = run(engine, [request(prompt, 3)])
-    assert engine._runner.load._num_uncounted == (11 if count_tokens == 4096 else 2)
     whole = model(torch.tensor([[*prompt, *ids(said)[:-1]]])).routings
     expected = [torch.bincount(layer.experts.flatten(), minlength=5).tolist() for layer in whole]
     assert engine.stats().expert_load.tolist() == expected
