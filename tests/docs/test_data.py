@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import zstandard
 
 from small_tokenizers import bpe
 from yuanmoe.cli.data_preview import marked
 from yuanmoe.cli.main import main
+from yuanmoe.config import preset
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -130,3 +134,26 @@ def test_ctrl_c_says_where_the_work_is(run, tmp_path):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "interrupted; the finished shards are in out.partial, the same command goes on with them\n"
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def test_what_the_document_shows_works(run, tmp_path):
+    lines = [{"text": f"def number_{place}(): return {place}\n" * 5} for place in range(400)]
+    (tmp_path / "code").rename(tmp_path / "corpus")
+    (tmp_path / "tok").rename(tmp_path / "model")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "more.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
+    blocks = re.findall(r"```(?:python)?\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
+    commands, preview, python = blocks
+    for command in re.findall(r"^yuanmoe data (.*?) *(?:#.*)?$", commands, re.MULTILINE):
+        code, _, err = run(*command.split())
+        assert code == 0, err
+        if command == "preview tuning":
+            assert err.startswith(preview)
+    names = {"tokenizer": bpe(), "config": preset("tiny", vocab_size=400)}
+    exec(python, names)
+    batch = names["batch"]
+    assert [each.shape for each in (batch.ids, batch.loss_mask, batch.documents)] == [(4, 257), (4, 256), (4, 256)]
+    assert names["state"]["samples"] == 8
