@@ -13,7 +13,7 @@ from yuanmoe.checkpoint.native_config import parse_dtype
 from yuanmoe.checkpoint.store import Source
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
 from yuanmoe.train.recipe import Recipe, RunSettings
 
 _COMPUTED = ("rope_theta", "rope_angles", "packing", "attention_dropout")
@@ -81,6 +81,7 @@ def prepared(model: YuanForCausalLM, run: RunSettings) -> YuanForCausalLM:
     Parameters and names stay the same.
     """
     for layer in model.model.layers:
+        assert isinstance(layer, DecoderLayer), "a model is made of its layers"
         if run.compile:
             # The other half sorts tokens by expert: its sizes are data, and torch traces its grouped product in
             # bfloat16 alone.
