@@ -111,5 +111,7 @@ export class TokensView {
 
 /** A token's text with its line breaks marked; one that only begins a character has none of its own. */
 function visible(surface) {
-  return surface === "" ? "\u00b7" : surface.replaceAll("\n", "\u21b5\n");
+  const marked = surface.replaceAll("\n", "\u21b5\n");
+  // After the last one a new line of tokens begins anyway.
+  return surface === "" ? "\u00b7" : marked.replace(/\n$/, "");
 }

@@ -3,12 +3,14 @@
 
 /** The data of every event; ends with the stream. */
 export async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = body.getReader();
+  // Not through a TextDecoderStream: Chromium then takes every stream for one that was given up.
+  const decoder = new TextDecoder();
   let line = "";
   let data = [];
   try {
     for (let part; !(part = await reader.read()).done; ) {
-      const lines = (line + part.value).split("\n");
+      const lines = (line + decoder.decode(part.value, { stream: true })).split("\n");
       line = lines.pop();
       for (const whole of lines.map((each) => each.replace(/\r$/, ""))) {
         if (whole.startsWith("data:")) data.push(whole.slice(5).replace(/^ /, ""));
@@ -16,7 +18,7 @@ export async function* events(body) {
       }
     }
   } finally {
-    // A reader that leaves early hangs up.
+    // A reader that leaves early hangs up; one that read everything does nothing here.
     reader.cancel().catch(() => {});
   }
 }
