@@ -58,7 +58,7 @@ def test_a_killed_demo_goes_on_from_its_finished_stages(tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--seconds", "inf"], 1, "max_seconds is inf; it must be a number above 0"),
+        (["--seconds", "inf"], 1, "schedule.max_seconds is inf; it must be a number above 0"),
         (["--corpus-size", "much"], 2, "size 'much' is not a number with a unit"),
         (["--corpus-size", "1B"], 1, r"the standard library gave 0 documents; training needs one"),
         (["--out", "file"], 1, "cannot write file"),

@@ -138,7 +138,7 @@ def _experts(lines: Sequence[dict[str, Any]]) -> list[str]:
         "<h2>Load of every expert</h2>",
         "<p>In the steps before the last milestone. Rows are layers with experts, columns experts; the darker, the "
         "more of the layer's choices.</p>",
-        heat_map(shares, "load"),
+        heat_map(shares, "load", rows=range(len(shares))),
         f"<table><tr>{''.join(f'<th class=n>{head}</th>' for head in heads)}</tr>{rows}</table>",
     ]
 
