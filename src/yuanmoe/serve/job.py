@@ -25,12 +25,12 @@ class Job:
     async def outputs(self) -> list[tuple[int, Output]]:
         """What came since the last call, each with the place of its request; nothing once all have ended.
 
-        Raises the error that ended one of them, and then ends the others.
+        Raises the error that ended one of them after what came before it, and then ends the others.
         """
         while self._ids and not self._pending and self._failure is None:
             self._wake.clear()
             await self._wake.wait()
-        if self._failure is not None:
+        if self._failure is not None and not self._pending:
             self.close()
             raise self._failure
         pending, self._pending = self._pending, []
