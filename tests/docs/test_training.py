@@ -20,7 +20,7 @@ from yuanmoe.train.board import Board
 from yuanmoe.train.recipes import named
 from yuanmoe.train.settings import flat, override
 
-DOCUMENTED = ("nano", "small", "ablation-826m", "m32-pretrain", "m32-sft")
+DOCUMENTED = ("nano", "small", "ablation-826m", "m32-pretrain", "m32-sft", "m32-lora")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
 
 

@@ -58,6 +58,8 @@ def train(
         return
     if data is None:
         raise UsageError("there is nothing to train on: name a folder of packed tokens with --data")
+    if resolved.lora and weights is None:
+        raise UsageError("LoRA adapts a model that is there: name its checkpoint with --init, in 4 bits or whole")
     place = _Place(out or Path("runs") / recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     found = _train(place, resolved, weights, data, device, threads or os.cpu_count() or 1, console)
     print_result({"command": "train", "recipe": recipe, "out": str(place.folder)} | found)
@@ -90,8 +92,6 @@ def _resolve(recipe: Recipe, weights: "Source | None", context: int | None, sett
         from yuanmoe.train.start import on_weights
 
         recipe = on_weights(recipe, weights.config)
-    elif recipe.lora:
-        raise UsageError("LoRA adapts a model that is there: name its checkpoint with --init, in 4 bits or whole")
     if context is not None:
         recipe = recipe.extend_context(context)
     return override(recipe, settings)
