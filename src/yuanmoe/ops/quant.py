@@ -55,7 +55,8 @@ class QuantizedTensor:
         _check_tensor("scales", self.scales, torch.float16, (*self.codes.shape[:-1], groups))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Compared by identity, so that what is derived from one can be kept as long as it lives.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class PackedTensor:
     """The same weights laid out for the kernels: codes (uint8, [..., B, G, bytes]), scales (fp16, [..., B, G, 16])."""
 

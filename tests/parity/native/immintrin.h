@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+struct __m128i {
+    uint8_t bytes[16];
+};
 struct __m256i {
     uint8_t bytes[32];
 };
@@ -56,6 +59,11 @@ inline __m512i _mm512_loadu_si512(const void* p) {
     std::memcpy(&out, p, 64);
     return out;
 }
+inline __m128i _mm_loadu_si128(const __m128i* p) {
+    __m128i out;
+    std::memcpy(&out, static_cast<const void*>(p), 16);
+    return out;
+}
 inline __m512 _mm512_loadu_ps(const void* p) {
     __m512 out;
     std::memcpy(&out, p, 64);
@@ -102,6 +110,12 @@ inline __m512 _mm512_cvtph_ps(__m256i a) {
 }
 inline __m512 _mm512_cvtepi32_ps(__m512i a) {
     return emulated::floats([&](int i) { return static_cast<float>(emulated::get<int32_t>(a, i)); });
+}
+inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
+    return emulated::make<int32_t>([&](int i) { return emulated::get<uint16_t>(a, i); });
+}
+inline __m512i _mm512_cvtepi8_epi32(__m128i a) {
+    return emulated::make<int32_t>([&](int i) { return emulated::get<int8_t>(a, i); });
 }
 inline __m512 _mm512_castsi512_ps(__m512i a) {
     return emulated::floats([&](int i) { return emulated::get<float>(a, i); });

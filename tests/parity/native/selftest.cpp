@@ -369,7 +369,7 @@ void test_store(Stored stored) {
             const int64_t vector = (in_page[n] * heads + head) * slots + at[n];
             const KeyValues cache{storage.data(), storage.data(), scales.data(), scales.data(), nullptr, stored,
                                   pages, heads, slots, channels, 1};
-            cache.widen(kPortable, false, vector, 1, 32, wide.data());
+            kPortable.widen(cache.vectors(false, vector), 1, channels, 32, wide.data());
             for (int64_t i = 0; i < channels; ++i)
                 REQUIRE(std::fabs(wide[i] - x[(n * heads + head) * channels + i]) < 0.02, "%g\n", wide[i]);
         }

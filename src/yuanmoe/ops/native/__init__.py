@@ -100,14 +100,17 @@ def suits_bf16(x: Tensor, *weights: Tensor) -> bool:
     the experts of a token must not depend on how many tokens were computed with it.
     """
     few = x.numel() <= BF16_UP_TO_TOKENS * x.shape[-1]
-    cached = x.dtype == torch.float32 and sum(weight.nbytes for weight in weights) <= CACHED_BYTES
-    return (
-        x.device.type == "cpu"
-        and (few or cached)
-        and all(w.dtype == torch.bfloat16 and w.device.type == "cpu" and w.is_contiguous() for w in weights)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)))
-        and chosen() is not None
-    )
+    if not few and (x.dtype != torch.float32 or sum(weight.nbytes for weight in weights) > CACHED_BYTES):
+        return False
+    gradient = torch.is_grad_enabled()
+    if not x.is_cpu or (gradient and x.requires_grad):
+        return False
+    for weight in weights:  # a loop, as all() takes longer than the rest of this
+        if weight.dtype != torch.bfloat16 or not weight.is_cpu or not weight.is_contiguous():
+            return False
+        if gradient and weight.requires_grad:
+            return False
+    return chosen() is not None
 
 
 def bf16_linear(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*N O"]:
@@ -135,7 +138,7 @@ def bf16_moe(
 def suits_attention(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernel takes these: float32 or bfloat16 on the CPU, int8 keys and values too, no gradient."""
     return (
-        q.device.type == "cpu"
+        q.is_cpu
         and q.dtype in DTYPES
         and keys.dtype == values.dtype
         and keys.dtype in STORED
@@ -184,7 +187,7 @@ def single(*tensors: Tensor) -> Kernels | None:
     if dtype not in DTYPES:
         return None
     for tensor in tensors:
-        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
             return None
         if gradient and tensor.requires_grad:
             return None
@@ -193,7 +196,7 @@ def single(*tensors: Tensor) -> Kernels | None:
 
 def storing(x: Tensor, slots: Tensor) -> Kernels | None:
     """The same for putting `x` into `slots` (`store`), which may be int8 too."""
-    suits = slots.dtype in STORED and slots.device.type == "cpu" and slots.is_contiguous()
+    suits = slots.dtype in STORED and slots.is_cpu and slots.is_contiguous()
     return single(x) if suits else None
 
 
@@ -217,7 +220,7 @@ def read_bandwidth(size_bytes: int = 1 << 29, runs: int = 5) -> list[float]:
 def _kernels_for(x: Tensor) -> Kernels | None:
     if torch.is_grad_enabled() and x.requires_grad:
         raise UsageError("quantized products have no gradient; train on dequantized weights, or run under no_grad")
-    return chosen() if x.device.type == "cpu" else None
+    return chosen() if x.is_cpu else None
 
 
 def _kernels_for_bf16(x: Tensor, *weights: Tensor) -> Kernels:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -84,10 +85,8 @@ class _Heads(ctypes.Structure):
     _fields_ = (("tokens", c_int64), ("heads", c_int64), ("channels", c_int64), ("half", c_int64))
 
 
-def _stack(weight: PackedTensor | Tensor) -> _Quantized | _Bfloat16:
+def _quantized(weight: PackedTensor) -> _Quantized:
     """Equal matrices [..., O, I] as the library sees them."""
-    if isinstance(weight, Tensor):
-        return _Bfloat16(weight.data_ptr(), weight.shape[:-2].numel(), weight.shape[-2], weight.shape[-1])
     return _Quantized(
         weight.codes.data_ptr(),
         weight.scales.data_ptr(),
@@ -145,10 +144,11 @@ class Kernels:
         self.variant: Final = variant
         self._library: Final = library
         self._index: Final = VARIANTS.index(variant)
+        self._seen: Final[WeakKeyDictionary[PackedTensor, _Quantized]] = WeakKeyDictionary()
 
     def linear(self, x: Tensor, weight: PackedTensor | Tensor) -> Tensor:
         """`x` [..., I] times a quantized or bfloat16 weight [O, I]."""
-        matrix = _stack(weight)
+        matrix = self._stack(weight)
         function = self._library.yuanmoe_linear_bf16 if isinstance(weight, Tensor) else self._library.yuanmoe_linear
         lead = x.shape[:-1]
         out = x.new_empty((*lead, matrix.rows))
@@ -164,7 +164,7 @@ class Kernels:
         experts: Tensor,
     ) -> Tensor:
         """The weighted sum of the chosen experts of each token of `x` [N, D]; `weights` and `experts` are [N, K]."""
-        first, second = _stack(gate_up), _stack(down)
+        first, second = self._stack(gate_up), self._stack(down)
         function = self._library.yuanmoe_mixture_bf16 if isinstance(down, Tensor) else self._library.yuanmoe_mixture
         routing = _Routing(*weights.shape, experts.data_ptr(), weights.data_ptr())
         out = torch.empty_like(x)
@@ -239,6 +239,15 @@ class Kernels:
     def read(self, data: Tensor) -> None:
         """Reads every byte of `data` once, with all threads."""
         self._library.yuanmoe_read(self._call(None), data.data_ptr(), data.nbytes)
+
+    def _stack(self, weight: PackedTensor | Tensor) -> _Quantized | _Bfloat16:
+        """Equal matrices [..., O, I] as the library sees them; kept for packed ones, a token passes hundreds."""
+        if isinstance(weight, Tensor):
+            return _Bfloat16(weight.data_ptr(), weight.shape[:-2].numel(), weight.shape[-2], weight.shape[-1])
+        found = self._seen.get(weight)
+        if found is None:
+            found = self._seen[weight] = _quantized(weight)
+        return found
 
     def _call(self, x: Tensor | None) -> _Call:
         dtype = 0 if x is None else DTYPES[x.dtype]

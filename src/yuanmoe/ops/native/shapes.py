@@ -74,7 +74,9 @@ def check_lengths(
 
 def readable(x: Tensor) -> Tensor:
     """`x` as the kernels read it: contiguous, float32 or bfloat16."""
-    return (x if x.dtype in DTYPES else x.float()).contiguous()
+    if x.dtype not in DTYPES:
+        x = x.float()
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def readable_routing(weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:

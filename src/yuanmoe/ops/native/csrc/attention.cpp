@@ -9,6 +9,7 @@ namespace yuanmoe {
 namespace {
 
 constexpr int64_t kQueriesAtOnce = 16;  // that meet keys and values widened once
+constexpr int64_t kWidenFrom = 2;       // fewer queries read them as they are stored
 
 // Consecutive new tokens of a sequence: `token` is the first of all tokens, `visible` the slots that it sees.
 struct Queries {
@@ -37,6 +38,12 @@ struct Workspace {
     std::vector<float> data;
 };
 
+Vectors widened(const Kernels& kernels, const Vectors& from, int64_t count, int64_t channels, int64_t padded,
+                float* to) {
+    kernels.widen(from, count, channels, padded, to);
+    return {to, nullptr, Stored::kFloat32, true};
+}
+
 void attend_head(const Call& call, const KeyValues& cache, const Queries& queries, int64_t head, const void* q,
                  void* out) {
     const int64_t channels = cache.channels, padded = (channels + 15) / 16 * 16;
@@ -56,11 +63,14 @@ void attend_head(const Call& call, const KeyValues& cache, const Queries& querie
     for (int64_t start = 0; start < last; start += kKeysAtOnce) {
         const int64_t count = std::min<int64_t>(kKeysAtOnce, last - start);
         const int64_t first = cache.vector(queries.sequence, head, start);
-        cache.widen(*call.kernels, false, first, count, padded, space.keys());
-        cache.widen(*call.kernels, true, first, count, padded, space.values());
+        Vectors keys = cache.vectors(false, first), values = cache.vectors(true, first);
+        if (channels < padded || (queries.count >= kWidenFrom && cache.stored != Stored::kFloat32)) {
+            keys = widened(*call.kernels, keys, count, channels, padded, space.keys());
+            values = widened(*call.kernels, values, count, channels, padded, space.values());
+        }
         for (int64_t t = 0; t < queries.count; ++t) {
             const int64_t seen = std::min(count, queries.visible + t - start);
-            if (seen > 0) call.kernels->attend(space.query(t), space.keys(), space.values(), seen, padded, &states[t]);
+            if (seen > 0) call.kernels->attend(space.query(t), keys, values, seen, padded, &states[t]);
         }
     }
     for (int64_t t = 0; t < queries.count; ++t) {
@@ -72,12 +82,11 @@ void attend_head(const Call& call, const KeyValues& cache, const Queries& querie
 
 }  // namespace
 
-void KeyValues::widen(const Kernels& kernels, bool of_values, int64_t first, int64_t count, int64_t padded,
-                      float* out) const {
+Vectors KeyValues::vectors(bool of_values, int64_t first) const {
     const int64_t bytes = stored == Stored::kFloat32 ? 4 : stored == Stored::kBfloat16 ? 2 : 1;
-    const char* from = static_cast<const char*>(of_values ? values : keys) + first * channels * bytes;
-    const float* scales = stored == Stored::kInt8 ? (of_values ? value_scales : key_scales) + first : nullptr;
-    kernels.widen(from, stored, scales, count, channels, padded, out);
+    const float* scales = of_values ? value_scales : key_scales;
+    return {static_cast<const char*>(of_values ? values : keys) + first * channels * bytes,
+            stored == Stored::kInt8 ? scales + first : nullptr, stored, false};
 }
 
 bool KeyValues::has_pages(const int64_t* past, const int64_t* counts, int64_t sequences) const {

@@ -37,6 +37,14 @@ struct Avx2Lanes {
     }
     static Floats even_bfloat16(const uint16_t* p) { return {{even(load256(p)), even(load256(p + 16))}}; }
     static Floats odd_bfloat16(const uint16_t* p) { return {{odd(load256(p)), odd(load256(p + 16))}}; }
+    static Floats load_bfloat16(const uint16_t* p) {
+        return {{even(_mm256_cvtepu16_epi32(load128(p))), even(_mm256_cvtepu16_epi32(load128(p + 8)))}};
+    }
+    static Floats load_codes(const int8_t* p) {
+        const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return {{_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),
+                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)))}};
+    }
     static void store(float* p, const Floats& a) {
         _mm256_storeu_ps(p, a.half[0]);
         _mm256_storeu_ps(p + 8, a.half[1]);

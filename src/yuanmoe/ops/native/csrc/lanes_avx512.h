@@ -22,13 +22,19 @@ struct Avx512Lanes {
     static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static Floats load(const float* p) { return _mm512_loadu_ps(p); }
-    static Floats load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+    static Floats load_half(const uint16_t* p) { return _mm512_cvtph_ps(load256(p)); }
     static Floats even_bfloat16(const uint16_t* p) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
     }
     static Floats odd_bfloat16(const uint16_t* p) {
         const Ints high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
         return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high));
+    }
+    static Floats load_bfloat16(const uint16_t* p) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
+    }
+    static Floats load_codes(const int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }
     static void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 
@@ -59,6 +65,7 @@ struct Avx512Lanes {
     }
 
   private:
+    static __m256i load256(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static Ints activation(const int8_t* x) {
         int32_t four;
         std::memcpy(&four, x, 4);

@@ -60,6 +60,12 @@ struct PortableLanes {
         return each([&](int i) { return bits_to_float(static_cast<uint32_t>(p[2 * i]) << 16); });
     }
     static Floats odd_bfloat16(const uint16_t* p) { return even_bfloat16(p + 1); }
+    static Floats load_bfloat16(const uint16_t* p) {
+        return each([&](int i) { return bits_to_float(static_cast<uint32_t>(p[i]) << 16); });
+    }
+    static Floats load_codes(const int8_t* p) {
+        return each([&](int i) { return static_cast<float>(p[i]); });
+    }
     static void store(float* p, const Floats& a) { std::memcpy(p, a.at, sizeof a.at); }
 
     // dot[t] += 16 rows x 32 columns of codes times token t; x is [8 steps][T][4].

@@ -51,6 +51,14 @@ constexpr int kKeysAtOnce = 32;   // a block of keys: of 256 channels in float32
 constexpr int kMaxExperts = 256;  // whose relations fit the stack
 constexpr int kKeysTogether = 4;  // keys that meet a query in registers
 
+// Equal vectors one after the other; codes with a scale each.
+struct Vectors {
+    const void* data;
+    const float* scales;
+    Stored stored;
+    bool widened;  // a moment ago, so that they are in the cache
+};
+
 // A softmax on its way over blocks of keys: `sum` is the weighted sum of values, `total` that of the weights.
 struct Softmax {
     float maximum, total;
@@ -72,10 +80,11 @@ struct Kernels {
     // before the odd ones, the last step padded with zeros.
     void (*dot_bf16)(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, float* out);
     // out[j] = vector j in float32, padded with zeros.
-    void (*widen)(const void* from, Stored stored, const float* scales, int64_t count, int64_t channels, int64_t padded,
-                  float* out);
-    // One query over up to kKeysAtOnce keys and values; all are padded to steps of 16 channels.
-    void (*attend)(const float* q, const float* keys, const float* values, int64_t count, int64_t padded, Softmax* state);
+    void (*widen)(const Vectors& from, int64_t count, int64_t channels, int64_t padded, float* out);
+    // One query over up to kKeysAtOnce keys and values of a multiple of 16 channels; the same number whether they were
+    // widened before or not.
+    void (*attend)(const float* q, const Vectors& keys, const Vectors& values, int64_t count, int64_t channels,
+                   Softmax* state);
     // 8-bit codes of a vector; returns their scale.
     float (*encode)(const float* x, int64_t count, int8_t* codes);
     // out = x / sqrt(mean(x^2) + epsilon) * weight

@@ -45,8 +45,8 @@ struct KeyValues {
         return (page(sequence, slot) * heads + head) * slots + slot % slots;
     }
 
-    // `count` keys or values from vector `first` on in float32.
-    void widen(const Kernels& kernels, bool of_values, int64_t first, int64_t count, int64_t padded, float* out) const;
+    // Keys or values from vector `first` on.
+    Vectors vectors(bool of_values, int64_t first) const;
     // Whether all pages that hold slots of these sequences exist.
     bool has_pages(const int64_t* past, const int64_t* counts, int64_t sequences) const;
 };

@@ -51,10 +51,10 @@ struct Cut {
     int64_t size(int64_t part) const { return end(part) - begin(part); }
 };
 
-// The blocks or rows that one thread takes at a time: at most 128 KiB of weights, which stay in its cache while the
-// tokens pass, and at least four parts a thread.
+// The blocks or rows that one thread takes at a time: at most 32 KiB of weights, which stay in its first cache while the
+// tokens pass, and at least four parts a thread. The last part keeps the others waiting: 3 us, with 128 KiB 10.
 inline Cut work_parts(int64_t count, int64_t bytes_each, int threads) {
-    const int64_t fit = std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, bytes_each));
+    const int64_t fit = std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(1, bytes_each));
     return Cut::of(count, std::clamp<int64_t>(count / (4 * threads), 1, fit));
 }
 

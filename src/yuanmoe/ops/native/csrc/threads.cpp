@@ -20,19 +20,26 @@ inline void pause() {
 #endif
 }
 
-// Units are taken one by one, so a thread that another process slows down takes fewer.
+// Each thread takes the units of its own share one by one, so that it reads memory front to back and shares no counter,
+// and then helps where others, slowed down by another process, have not come yet.
 class Work {
   public:
-    explicit Work(std::initializer_list<Phase> phases) : phases_(phases) {}
+    Work(int threads, std::initializer_list<Phase> phases) : shares_(std::min(threads, kMaxShares)), phases_(phases) {
+        Progress* progress = progress_;
+        for (const Phase& phase : phases_) {
+            for (int share = 0; share < shares_; ++share) progress->next[share].unit = begin(phase, share);
+            ++progress;
+        }
+    }
 
     // What each thread does.
     void join() {
+        const int mine = joined_++ % shares_;
         Progress* progress = progress_;
         for (const Phase& phase : phases_) {
-            for (int64_t unit = progress->next++; unit < phase.units; unit = progress->next++) {
-                phase.body(phase.context, unit);
-                ++progress->done;
-            }
+            int64_t done = 0;
+            for (int i = 0; i < shares_; ++i) done += take(phase, (mine + i) % shares_, progress);
+            progress->done += done;
             for (int turns = 0; progress->done < phase.units; ++turns)
                 turns < kSpins ? pause() : std::this_thread::yield();
             ++progress;
@@ -41,10 +48,30 @@ class Work {
 
   private:
     static constexpr int kSpins = 2000;  // some microseconds: phases end together unless a core is taken away
+    static constexpr int kMaxShares = 64;
 
-    struct alignas(64) Progress {
-        std::atomic<int64_t> next{0}, done{0};
+    struct alignas(64) Next {
+        std::atomic<int64_t> unit;
     };
+    struct Progress {
+        Next next[kMaxShares];
+        alignas(64) std::atomic<int64_t> done{0};
+    };
+
+    int64_t begin(const Phase& phase, int share) const { return phase.units * share / shares_; }
+
+    // Does what is left of a share; returns how many units.
+    int64_t take(const Phase& phase, int share, Progress* progress) {
+        int64_t done = 0;
+        for (const int64_t end = begin(phase, share + 1);; ++done) {
+            const int64_t unit = progress->next[share].unit++;
+            if (unit >= end) return done;
+            phase.body(phase.context, unit);
+        }
+    }
+
+    int shares_;
+    std::atomic<int> joined_{0};
     std::initializer_list<Phase> phases_;
     Progress progress_[kMaxPhases];
 };
@@ -107,11 +134,11 @@ class Pool {
 }  // namespace
 
 void run(int threads, std::initializer_list<Phase> phases) {
-    Work work(phases);
-    int64_t most = 0;
+    int64_t most = 1;
     for (const Phase& phase : phases) most = std::max(most, phase.units);
-    threads = static_cast<int>(std::min<int64_t>(threads, most));
-    if (threads <= 1) return work.join();
+    threads = static_cast<int>(std::clamp<int64_t>(threads, 1, most));
+    Work work(threads, phases);
+    if (threads == 1) return work.join();
     static Pool* const pool = new Pool;  // never destroyed: a static destructor would join threads of a forked parent
     pool->run(threads, work);
 }
