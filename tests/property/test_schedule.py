@@ -52,7 +52,10 @@ class Slots:
             self._pages[page][slot] = token
         for sequence, count in batch:
             held = [token for page in sequence.table[: sequence.num_pages] for token in self._pages[page]]
-            assert held[: sequence.computed + count] == sequence.ids[: sequence.computed + count]
+            read = sequence.computed + count
+            assert held[:read] == sequence.ids[:read]
+            if sequence.prompt is not None:
+                sequence.prompt.logprobs.extend(sequence.ids[sequence.computed + 1 : read + 1])
 
 
 def check(schedule: Schedule, batch: list[tuple[Sequence, int]]) -> None:
@@ -87,6 +90,9 @@ def play(schedule: Schedule, arrivals: list[Sequence], rng: random.Random, leave
         for sequence, _ in batch:
             if not sequence.missing:
                 first.setdefault(sequence.request_id, passes)
+                if sequence.prompt is not None:
+                    assert sequence.prompt.logprobs == sequence.ids[1:]
+                    sequence.prompt = None
                 sequence.ids.append(rng.randrange(2))
                 if len(sequence.ids) == sequence.max_length:
                     schedule.remove(sequence)
@@ -164,6 +170,21 @@ def test_the_youngest_gives_way_and_the_oldest_never_does():
                 sequence.ids.append(5)
     assert schedule.preemptions == 1
     assert list(schedule.waiting) == [young]
+
+
+def test_who_gives_way_while_its_prompt_is_scored_starts_the_scores_anew():
+    schedule = Schedule(Pages(8), 2, 2, 2)
+    slots = Slots(schedule)
+    old, young = new_sequence(0, [1, 1], 14, 2), new_sequence(1, [2] * 9, 2, 2, scored=True)
+    schedule.waiting.extend([old, young])
+    while not schedule.preemptions:
+        batch = schedule.plan()
+        slots.run(batch)
+        schedule.advance(batch)
+        old.ids.append(1)
+    # It had read some, and its pages are gone to the older one.
+    assert 2 < len(old.ids) < old.max_length
+    assert (young.computed, young.num_pages, young.prompt) == (0, 0, ([], []))
 
 
 def test_prompts_that_arrive_together_are_computed_once():
