@@ -40,9 +40,10 @@ class PackedMatrices(nn.Module):
     @property
     def packed(self) -> PackedTensor:
         """What the kernels take; made once, as its checks would cost 2 % of a token."""
-        if self._packed is None or self._packed.codes is not self.codes or self._packed.scales is not self.scales:
-            self._packed = self.format.tensor(self.codes, self.scales)
-        return self._packed
+        found, buffers = self._packed, self._buffers  # attributes of their own: a buffer's name takes 1 us to resolve
+        if found is None or found.codes is not buffers["codes"] or found.scales is not buffers["scales"]:
+            found = self._packed = self.format.tensor(self.codes, self.scales)
+        return found
 
 
 class QuantizedLinear(nn.Module):
