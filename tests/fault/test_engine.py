@@ -182,7 +182,11 @@ def test_thousands_of_requests_that_end_in_every_way_leave_nothing_behind():
         for _ in range(rng.randint(0, 22)):
             grammar = rng.choice([Grammar(anything, rng.randint(1, 9)), Grammar(ValueError()), None, None, None])
             prompt = [rng.choice([1, 2, 3, 4]) for _ in range(rng.randint(1, 12))] + [POISON] * (rng.random() < 0.05)
-            params = {"temperature": rng.choice([0.0, 1.0]), "stop_ids": (3, 9, 17), "max_new_tokens": rng.choice([1, 2, 30])}
+            params = {
+                "temperature": rng.choice([0.0, 1.0]),
+                "stop_ids": (3, 9, 17),
+                "max_new_tokens": rng.choice([1, 2, 30]),
+            }
             alive.add(engine.submit(request(prompt, grammar, logit_bias={POISON: -100}, **params)))
         for request_id in [each for each in sorted(alive) if rng.random() < 0.01]:
             assert engine.cancel(request_id)
