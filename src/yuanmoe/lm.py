@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from yuanmoe.checkpoint.adapter import attach_adapter, open_adapter
+from yuanmoe.checkpoint.adapter import Adapter, attach_adapter, check_source, open_adapter
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.checkpoint.native_config import parse_dtype, parse_kv_dtype
 from yuanmoe.checkpoint.store import open_checkpoint
@@ -117,17 +117,18 @@ class LanguageModel:
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
-        self.adapter: Path | None = None
-        """The directory of what is attached, if anything is."""
+        self.adapter: Adapter | None = None
+        """What is attached."""
 
-    def attach(self, adapter: str | Path) -> None:
+    def attach(self, adapter: str | Path | Adapter) -> None:
         """Lets an adapter correct the model from here on, in the place of any other; the weights stay as they are.
 
         Between answers, not while one is streamed: what is cached of it was computed without. Raises CheckpointError
         for what is no adapter, or one of another base.
         """
-        attach_adapter(self.model, open_adapter(adapter))
-        self.adapter = Path(adapter)
+        opened = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
+        attach_adapter(self.model, opened)
+        self.adapter = opened
 
     def detach(self) -> None:
         """Takes the adapter away: the model answers as it did before there was one, bit for bit."""
@@ -228,8 +229,11 @@ def load(
     source = open_checkpoint(path)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, source.config.vocab_size, source.config.eod_token_id)
+    opened = None if adapter is None else open_adapter(adapter)
+    if opened is not None:
+        check_source(opened, source)
     model = load_model(path, dtype=dtype, kv_dtype=kv_dtype, device=device, **changes)
     lm = LanguageModel(model, tokenizer, source.precision)
-    if adapter is not None:
-        lm.attach(adapter)
+    if opened is not None:
+        lm.attach(opened)
     return lm

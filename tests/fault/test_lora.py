@@ -18,9 +18,11 @@ from small_runs import FIELDS_OF_TIME, write_tokens
 from yuanmoe.checkpoint.adapter import attach_adapter, open_adapter, save_adapter
 from yuanmoe.checkpoint.quantize import quantize
 from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.cli import training
 from yuanmoe.cli.main import main
 from yuanmoe.errors import CheckpointError, ConfigError
 from yuanmoe.model.targets import LoraSettings
+from yuanmoe.plan.machine import Rate
 from yuanmoe.runs import read_metrics
 from yuanmoe.train.checkpoint import FACTS, TENSORS, steps
 from yuanmoe.train.loop import Training
@@ -28,17 +30,18 @@ from yuanmoe.train.recipe import BalanceSettings
 from yuanmoe.train.recipes import named
 
 TINY = (
-    "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=2", "schedule.max_tokens=512",
+    "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=2", "schedule.max_tokens=384",
     "run.milestones=2", "run.dtype=float32", 'run.prompts=["def add"]', "run.sample_tokens=4", "lora.rank=4",
     "optimizer.learning_rate=1e-2",
 )  # fmt: skip
-"""Settings that make `m32-lora` eight steps of milliseconds."""
-STEPS, HALF = 8, 3
+"""Settings that make `m32-lora` six steps of milliseconds."""
+STEPS, HALF = 6, 2
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the program in this process: exit code, stdout, stderr."""
+    """Runs the program in this process, without its measurement of the machine: exit code, stdout, stderr."""
+    monkeypatch.setattr(training, "matmul_rate", lambda *_, **__: Rate(median=1e9, low=1e9, high=1e9))
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["yuanmoe", *map(str, arguments)])
@@ -253,13 +256,21 @@ def test_adapters_are_swapped_at_run_time(folder, tmp_path):
         lm.detach()
     for seed in (1, 2, 1):
         lm.attach(tmp_path / str(seed))
-        assert lm.adapter == tmp_path / str(seed)
+        assert lm.adapter is not None
+        assert lm.adapter.place == str(tmp_path / str(seed))
         scores.setdefault(seed, lm.score("def add(a, b):"))
         assert lm.score("def add(a, b):") == scores[seed] != answer
     assert scores[1] != scores[2]
+    _, foreign = adapted()
+    with pytest.raises(CheckpointError, match="belongs to small"):
+        lm.attach(foreign)
+    assert lm.score("def add(a, b):") == scores[1]
     lm.detach()
     assert lm.score("def add(a, b):") == answer
     assert yuanmoe.load(folder / "base", adapter=tmp_path / "2").score("def add(a, b):") == scores[2]
+    save_adapter(foreign, tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match="belongs to small"):
+        yuanmoe.load(folder / "base", adapter=tmp_path / "foreign")
 
 
 def test_a_write_that_is_repeated_replaces_nothing_unasked(run, saved, tmp_path):

@@ -17,6 +17,8 @@ from yuanmoe.checkpoint.save import save_native, save_official
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.lora import attach, attached, detach
 from yuanmoe.model.targets import ROLES, ROUTER, role_of
+from yuanmoe.ops.grouped import experts_forward, experts_reference
+from yuanmoe.ops.low_rank import Factors
 from yuanmoe.ops.packed_linear import packed_linear
 from yuanmoe.ops.quant import dequantize, pack, round_activations
 from yuanmoe.ops.quant import quantize as quantize_weight
@@ -151,6 +153,26 @@ def test_the_gradient_through_packed_weights_is_that_of_their_numbers(bits, lead
     matrix = dequantize(weight).flatten(0, -2)
     torch.testing.assert_close(x.grad, above @ matrix)
     torch.testing.assert_close(out, round_activations(x, 32, torch.float32) @ matrix.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_packed_experts_pass_gradients_on_as_their_parts_do(tokens):
+    """Expert 1 is visited by nobody."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(tokens, 32, requires_grad=True), torch.rand(tokens, 2)
+    experts = torch.tensor([[2, 0], [3, 2], [0, 3]]).repeat(3, 1)[:tokens]
+    gate_up, down = (pack(quantize_weight(torch.randn(shape), 4, 32)) for shape in ((4, 2, 32, 32), (4, 32, 32)))
+    factors = Factors(torch.randn(4, 3, 32), torch.randn(4, 64, 3), 0.1), Factors(*torch.randn(2, 4, 3, 32), 0.1)
+    factors = factors[0], factors[1]._replace(b=factors[1].b.mT)
+    out = experts_forward(x, gate_up, down, weights, experts, *factors)
+    whole = dequantize(gate_up).flatten(1, 2), dequantize(down)
+    expected = experts_reference(x, *whole, weights, experts, *factors)
+    assert (out - expected).norm() < 0.02 * expected.norm()  # activations in 8 bits
+    above = torch.randn_like(out)
+    (got,), (wanted,) = (torch.autograd.grad(each, x, above) for each in (out, expected))
+    assert (got - wanted).norm() < 0.03 * wanted.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(experts_forward(x, gate_up, down, weights, experts, *factors), out)
 
 
 @pytest.fixture(scope="module")

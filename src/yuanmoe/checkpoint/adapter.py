@@ -25,6 +25,7 @@ from yuanmoe.checkpoint.lazy import TensorView
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, layout
 from yuanmoe.checkpoint.native_config import ADAPTER_FORMAT
 from yuanmoe.checkpoint.safetensors_file import open_safetensors
+from yuanmoe.checkpoint.store import Source
 from yuanmoe.checkpoint.writer import Contents, Written, write_checkpoint
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, ConfigError
@@ -161,6 +162,12 @@ def check_fits(adapter: Adapter, config: ModelConfig, found: str, name: str) -> 
             f"{adapter.place}: {len(wrong)} tensors do not fit the model, such as {wrong[0]} "
             f"({stored.get(wrong[0])}, expected {expected.get(wrong[0])}); {TENSORS} is damaged"
         )
+
+
+def check_source(adapter: Adapter, source: Source) -> None:
+    """The same for a base whose weights are still in their files, of which little is read."""
+    found = fingerprint(source.config, lambda name: source.tensors[name].read())
+    check_fits(adapter, source.config, found, str(source.path))
 
 
 def attach_adapter(model: YuanForCausalLM, adapter: Adapter, name: str = "this model") -> None:

@@ -11,7 +11,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.adapter import Adapter, check_fits, fingerprint, open_adapter
+from yuanmoe.checkpoint.adapter import Adapter, check_source, open_adapter
 from yuanmoe.checkpoint.folder import check_apart
 from yuanmoe.checkpoint.lazy import LazyTensor, main_dtype
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, layout
@@ -56,7 +56,7 @@ def merge(base: Path | str, adapter: Path | str, dst: Path | str, **options: Unp
             f"{base} holds weights in few bits, which cannot take an adapter in; merge it into the checkpoint that "
             "they were made of and quantize the result (yuanmoe quantize), or keep it beside them: --adapter"
         )
-    check_fits(opened, source.config, fingerprint(source.config, lambda name: source.tensors[name].read()), str(base))
+    check_source(opened, source)
     tensors = merged_tensors(source, opened)
     # A head that was the embedding is one of its own once it is adapted.
     config = source.config.replace(tie_word_embeddings=source.config.tie_word_embeddings and HEAD not in tensors)

@@ -22,14 +22,14 @@ from yuanmoe.ops.wide import BLOCK_ELEMENTS
 
 def packed_linear(x: Float[Tensor, "*N I"], weight: PackedTensor) -> Float[Tensor, "*N SO"]:
     """`x` times the transposed weight; of a stack [S, O, I] all products side by side. Differentiable once in `x`."""
+    if not x.numel():  # an expert that nobody visits
+        return x.new_empty(*x.shape[:-1], weight.out_features * len(_matrices(weight)))
     if torch.is_grad_enabled() and x.requires_grad:
         return _PackedLinear.apply(x, weight)  # pyright: ignore[reportReturnType]
     return _product(x, weight)
 
 
 def _product(x: Tensor, weight: PackedTensor) -> Tensor:
-    if not x.numel():
-        return x.new_empty(*x.shape[:-1], weight.out_features * len(_matrices(weight)))
     products = [native.quantized_linear(x, matrix) for matrix in _matrices(weight)]
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
