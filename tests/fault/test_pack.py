@@ -26,6 +26,7 @@ from yuanmoe.data.formats import FormatOptions
 from yuanmoe.data.inputs import find_inputs
 from yuanmoe.data.loader import LoaderOptions, Source
 from yuanmoe.data.manifest import Manifest
+from yuanmoe.data.megatron import MegatronTokens, write_megatron
 from yuanmoe.data.output import Output
 from yuanmoe.data.pack import PackOptions, pack, pack_texts
 from yuanmoe.data.packed import PackedTokens
@@ -122,6 +123,18 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path):
     pack([source], tmp_path / "out", bpe(), how)
     pack([source], tmp_path / "other", bpe(), how)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
+
+
+def test_a_full_disk_leaves_no_half_of_a_megatron_pair(tmp_path):
+    documents = Lists([range(60_000)])
+    with (
+        largest_file(60_000),
+        pytest.raises(ResourceError, match=r"cannot write .*pair\.bin.*: File too large; make room"),
+    ):
+        write_megatron(documents, tmp_path / "pair", vocab_size=65536)
+    assert list(tmp_path.iterdir()) == []
+    write_megatron(documents, tmp_path / "pair", vocab_size=65536)
+    assert MegatronTokens(tmp_path / "pair").num_tokens == 60_000
 
 
 def test_other_text_or_settings_start_over(tmp_path, monkeypatch):

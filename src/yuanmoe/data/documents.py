@@ -47,3 +47,7 @@ def check_ids(ids: npt.NDArray[np.integer], vocab_size: int, name: str) -> None:
             f"{name} holds the token id {worst}, outside the vocabulary of {vocab_size}; it was made with another "
             "tokenizer than the model's, or is damaged (yuanmoe data verify)"
         )
+
+
+def silent(done: int, total: int) -> None:
+    """Hears how far something is, and does nothing."""

@@ -190,7 +190,7 @@ class Loader:
         options = asdict(self._options)
         del options["batch_size"], options["vocab_size"]
         sources = [(source.documents, source.weight) for source in self._sources]
-        return options | {"sources": [[tokens.name, tokens.fingerprint[:16], weight] for tokens, weight in sources]}
+        return options | {"sources": [[tokens.fingerprint[:16], weight] for tokens, weight in sources]}
 
     def _at(self, first: int) -> Batch:
         """This rank's windows of the batch that begins with sample `first`."""

@@ -13,15 +13,18 @@ document a sequence; megatron/data/gpt_dataset.py takes every sequence for a doc
 """
 
 import hashlib
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from yuanmoe.data.documents import Documents, check_ids
+from yuanmoe.data.documents import Documents, check_ids, silent
 from yuanmoe.data.permutation import Integers
-from yuanmoe.errors import DataError
+from yuanmoe.errors import DataError, ResourceError
 
 MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -120,33 +123,48 @@ def megatron_files(prefix: str | Path) -> tuple[Path, Path]:
 
 
 def write_megatron(
-    documents: Documents, prefix: str | Path, *, progress: Callable[[int, int], None], vocab_size: int
-) -> int:
-    """Write a pair under the name `prefix`, as the official preprocessing does but in the smallest type; its tokens.
+    documents: Documents, prefix: str | Path, *, vocab_size: int, progress: Callable[[int, int], None] = silent
+) -> None:
+    """Write a pair under the name `prefix`, as the official preprocessing does, but in the smallest type.
 
-    Ids take two bytes where the vocabulary allows, four elsewhere. A loss mask has no place in this format and is left
-    behind. The index is written last and under another name first. Raises DataError when there is a pair, OSError.
+    Ids take two bytes where the vocabulary allows it, four elsewhere. A loss mask has no place in this format and is
+    left behind. `progress` hears bytes. Raises DataError when there is such a pair or it cannot be one, ResourceError.
     """
     index, data = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
     for path in (index, data):
         if path.exists():
             raise DataError(f"{path} exists and is left as it is; choose another name, or remove it")
-    index.parent.mkdir(parents=True, exist_ok=True)
-    code = 8 if vocab_size <= 2**16 else 4
     lengths = documents.lengths(np.arange(documents.num_documents))
     if lengths.max() >= 2**31:
         raise DataError(f"a document of {lengths.max()} tokens is too long for Megatron's format; split it")
-    beside = [path.with_name(path.name + ".partial") for path in (index, data)]
-    with beside[1].open("wb") as file:
-        for document, length in enumerate(lengths.tolist()):
-            ids = documents.read(document, 0, length)
-            check_ids(ids, vocab_size, f"document {document} of {documents.name}")
-            file.write(ids.astype(DTYPES[code]).tobytes())
-            progress(file.tell(), documents.num_tokens * DTYPES[code].itemsize)
-    pointers = (np.cumsum(lengths) - lengths) * DTYPES[code].itemsize
-    with beside[0].open("wb") as file:
-        file.write(_HEADER.pack(MAGIC, 1, code, len(lengths), 1))
-        file.write(lengths.astype("<i4").tobytes() + pointers.astype("<i8").tobytes() + bytes(8))
-    beside[1].replace(data)
-    beside[0].replace(index)
-    return documents.num_tokens
+    code = 8 if vocab_size <= 2**16 else 4
+    try:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        with _whole(index) as header, _whole(data) as file:
+            pointers = (np.cumsum(lengths) - lengths) * DTYPES[code].itemsize
+            header.write(_HEADER.pack(MAGIC, 1, code, len(lengths), 1))
+            header.write(lengths.astype("<i4").tobytes() + pointers.astype("<i8").tobytes() + bytes(8))
+            for document, length in enumerate(lengths.tolist()):
+                ids = documents.read(document, 0, length)
+                check_ids(ids, vocab_size, f"document {document} of {documents.name}")
+                file.write(ids.astype(DTYPES[code]).tobytes())
+                progress(file.tell(), documents.num_tokens * DTYPES[code].itemsize)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write {error.filename or data}: {error.strerror}; make room or choose another disk, then run the "
+            "same command again"
+        ) from error
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that has its name once it is on the disk, and is nowhere when its writing fails."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

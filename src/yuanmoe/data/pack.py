@@ -18,13 +18,13 @@ from uuid import uuid4
 
 from yuanmoe.checkpoint.folder import Kind, new_folder
 from yuanmoe.data.chunks import Chunk, Place, chunks
+from yuanmoe.data.documents import silent
 from yuanmoe.data.formats import PARTS, Encoded, Encoder, FormatOptions, Part
 from yuanmoe.data.inputs import Inputs, SourceFile, find_inputs
 from yuanmoe.data.manifest import ENDS
 from yuanmoe.data.output import JOURNAL, Output
 from yuanmoe.data.packed import PackedTokens
 from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
-from yuanmoe.data.verify import silent
 from yuanmoe.data.workers import map_ordered
 from yuanmoe.errors import DataError
 

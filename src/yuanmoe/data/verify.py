@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from yuanmoe.data.documents import check_ids
+from yuanmoe.data.documents import check_ids, silent
 from yuanmoe.data.manifest import ENDS, check_same_tokenizer
 from yuanmoe.data.megatron import MegatronTokens
 from yuanmoe.data.packed import PackedTokens
@@ -14,10 +14,6 @@ from yuanmoe.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 BLOCK_DOCUMENTS = 1 << 16
-
-
-def silent(done: int, total: int) -> None:
-    """Hears how far something is, and does nothing."""
 
 
 def verify(

@@ -10,8 +10,8 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -37,7 +37,7 @@ def map_ordered(
         yield from ((item, work(item)) for item in items)
         return
     with ExitStack() as stack:
-        pipes = [stack.enter_context(_worker(make)) for _ in range(workers)]
+        pipes = [stack.enter_context(_Worker(make)) for _ in range(workers)]
         waiting: deque[tuple[Connection, Item]] = deque()
         for pipe, item in zip(cycle(pipes), items, strict=False):
             if len(waiting) == AHEAD * workers:
@@ -48,7 +48,7 @@ def map_ordered(
             yield _answered(*waiting.popleft())
 
 
-class _worker:  # noqa: N801, a context manager that reads as a function
+class _Worker:
     """The pipe to a new process, which ends with the block."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
@@ -56,7 +56,8 @@ class _worker:  # noqa: N801, a context manager that reads as a function
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
-        self._process.start()
+        with _without_ctrl_c():
+            self._process.start()
         theirs.close()  # so that a dead worker is the end of the pipe
 
     def __enter__(self) -> Connection:
@@ -66,6 +67,19 @@ class _worker:  # noqa: N801, a context manager that reads as a function
         self._pipe.close()
         self._process.terminate()
         self._process.join()
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """What is started here does not hear it, not even while it loads; signals are the main thread's to set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _ask(pipe: Connection, item: Any) -> None:
