@@ -6,7 +6,7 @@
 | adapter.safetensors | `NAME.a` and `NAME.b` for every adapted matrix NAME |
 
 A base is known by its norms, biases and routers, rounded to bfloat16: those are kept whole in every precision, so that
-what was learned on 4 bits also fits the weights that they were made of, and no two models share them.
+what was learned on 4 bits also fits the weights that they were made of, and no two trained models share them.
 Not here: factors at work (`model/lora.py`), PEFT's format (`peft.py`), factors added to weights (`merge.py`).
 """
 
@@ -65,10 +65,14 @@ def matrices(config: ModelConfig) -> dict[str, Shape]:
 
 
 def adapted_shapes(adapter: Adapter) -> dict[str, Shape]:
-    """The matrices that an adapter corrects, by the shapes of its factors."""
-    names = [key.removesuffix(f".{A}") for key in adapter.tensors if key.endswith(f".{A}")]
-    pairs = ((name, adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]) for name in names)
-    return {name: (*b.shape[:-1], a.shape[-1]) for name, a, b in pairs}
+    """The matrices that an adapter corrects, by the shapes of its factors. Raises CheckpointError for half a pair."""
+    shapes = {}
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in adapter.tensors):
+        a, b = (adapter.tensors.get(f"{name}.{part}") for part in (A, B))
+        if a is None or b is None or a.ndim != b.ndim or a.ndim < 2:
+            raise CheckpointError(f"{adapter.place}: the factors of {name} are no pair; {TENSORS} is damaged")
+        shapes[name] = (*b.shape[:-1], a.shape[-1])
+    return shapes
 
 
 def active_parameters(config: ModelConfig, settings: LoraSettings) -> float:
@@ -141,7 +145,9 @@ def open_adapter(path: Path | str) -> Adapter:
         raise CheckpointError(f"{file} describes no adapter ({error}); it is damaged") from error
     stored = open_safetensors(path / TENSORS).tensors
     tensors = {name: tensor.read().clone() for name, tensor in stored.items()}
-    return Adapter(settings=settings, base=base, tensors=tensors, place=str(path))
+    adapter = Adapter(settings=settings, base=base, tensors=tensors, place=str(path))
+    adapted_shapes(adapter)
+    return adapter
 
 
 def check_fits(adapter: Adapter, config: ModelConfig, found: str, name: str) -> None:

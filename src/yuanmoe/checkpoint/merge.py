@@ -11,7 +11,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.adapter import Adapter, check_source, open_adapter
+from yuanmoe.checkpoint.adapter import Adapter, adapted_shapes, check_source, open_adapter
 from yuanmoe.checkpoint.folder import check_apart
 from yuanmoe.checkpoint.lazy import LazyTensor, main_dtype
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, layout
@@ -69,7 +69,7 @@ def merge(base: Path | str, adapter: Path | str, dst: Path | str, **options: Unp
 def merged_tensors(source: Source, adapter: Adapter) -> dict[str, LazyTensor]:
     """All weights of a checkpoint, lazily, the adapted ones with their correction."""
     tensors = dict(source.tensors)
-    for name in (key.removesuffix(f".{A}") for key in adapter.tensors if key.endswith(f".{A}")):
+    for name in adapted_shapes(adapter):
         whole = tensors.get(name, tensors[EMBEDDING])
         a, b = adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"]
         tensors[name] = MergedTensor(

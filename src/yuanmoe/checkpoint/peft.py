@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from yuanmoe.checkpoint.adapter import Adapter
+from yuanmoe.checkpoint.adapter import Adapter, adapted_shapes
 from yuanmoe.checkpoint.folder import Kind, new_folder, write_synced
 from yuanmoe.checkpoint.json_file import json_text
 from yuanmoe.checkpoint.lazy import TensorView
@@ -32,7 +32,7 @@ _KIND = Kind(noun="PEFT adapter", proof=CONFIG, error=CheckpointError)
 def export_peft(adapter: Adapter, dst: Path | str, *, overwrite: bool = False) -> Path:
     """Writes the directory, whole or not at all. Raises what `folder.new_folder` raises."""
     dst = Path(dst).absolute()
-    names = [key.removesuffix(f".{A}") for key in adapter.tensors if key.endswith(f".{A}")]
+    names = list(adapted_shapes(adapter))
     tensors: dict[str, Tensor] = {}
     for name in names:
         a, b = _flattened(adapter.tensors[f"{name}.{A}"], adapter.tensors[f"{name}.{B}"])
