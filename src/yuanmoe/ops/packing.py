@@ -78,4 +78,5 @@ def take_rows(weight: PackedTensor, rows: Int[Tensor, " N"]) -> Float[Tensor, "N
     else:
         codes = torch.stack([chunks & 15, chunks >> 4], dim=-2).view(torch.int8) - 8
     scales = weight.scales[block, :, lane].float()
-    return (codes.flatten(2) * scales[..., None]).flatten(1)[:, : weight.in_features]
+    # Contiguous for any number of rows, where inputs are padded too: the kernels take nothing else.
+    return (codes.flatten(2) * scales[..., None]).flatten(1)[:, : weight.in_features].contiguous()
