@@ -89,7 +89,10 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
     model.enable_input_require_grads()
     calls = []
     model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients().items())
+    # Reentrant checkpointing runs forward without gradients, through kernels that round in another order.
+    torch.testing.assert_close(
+        gradients(), expected, atol=1e-6 if use_reentrant else 0, rtol=1e-5 if use_reentrant else 0
+    )
     assert len(calls) == 2
     with pytest.raises(UsageError, match="takes no past_key_values"):
         model(ids, past_key_values=DynamicCache(config=model.config))
@@ -186,7 +189,8 @@ def test_lora_trains_is_saved_loaded_and_merged_into_official_files(tmp_path, ta
     adapted.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()
     expected = adapted.eval()(ids).logits
-    assert torch.equal(again(ids).logits, expected)
+    # What is loaded wants no gradients, and kernels that have none round in another order.
+    torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=1e-5)
     merged = again.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
