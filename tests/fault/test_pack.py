@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -319,6 +320,13 @@ def test_trees_are_walked_by_suffix_and_what_is_left_out_is_counted(tmp_path):
         pack([tmp_path / "nowhere"], tmp_path / "out2", bpe())
     with pytest.raises(DataError, match=r"record 1: conversations are read from \.jsonl"):
         pack([tmp_path / "tree" / "a.py"], tmp_path / "out2", bpe(), options(format="chat"))
+
+
+def test_a_name_that_is_no_text_is_a_name_all_the_same(tmp_path):
+    path = write_lines(tmp_path / os.fsdecode(b"\xff.jsonl"), {"text": "one"})
+    pack([path], tmp_path / "out", bpe())
+    (line,) = (tmp_path / "out" / "sources.jsonl").read_text("ascii").splitlines()
+    assert json.loads(line)["path"] == str(path)
 
 
 def test_a_file_that_grows_meanwhile_is_noticed(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ class FillInMiddle:
         if not count or not self._chosen(one, key)[0]:
             return [range(length)]
         bounds = [(length - 1) * place // count for place in range(count + 1)]
-        chances = scatter(np.arange(3 * count), int(scatter(one, key + 1)[0])).tolist()
+        chances = scatter(np.arange(3 * count), int(scatter(one, key ^ 1)[0])).tolist()
         pieces: list[Piece] = []
         for place in range(count):
             pieces += self._rearranged(bounds[place], bounds[place + 1], chances[3 * place : 3 * place + 3])

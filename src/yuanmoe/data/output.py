@@ -88,7 +88,7 @@ class Output:
             self._shard.append(encoded)
             self._ends.write((journal.num_tokens + np.cumsum(encoded.lengths)).astype("<u8").tobytes())
         for source in chunk.finished:
-            self._sources.write(json.dumps(source._asdict(), ensure_ascii=False).encode() + b"\n")
+            self._sources.write(json.dumps(source._asdict()).encode() + b"\n")  # ASCII: a name may be no UTF-8
         journal.file, journal.records = chunk.after
         journal.num_documents += len(encoded.lengths)
         journal.num_tokens += len(encoded.ids)
