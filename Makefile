@@ -32,7 +32,7 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.core: pyproject.toml $(wildcard setup.py) $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[serve]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
