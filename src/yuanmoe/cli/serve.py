@@ -16,8 +16,11 @@ from rich.console import Console
 from yuanmoe.cli.generate import Device, Dtype, KvDtype, Model, Threads
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.errors import UsageError
-from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.cost import forward_flops
+from yuanmoe.plan.machine import measure_matmul, read_machine
 from yuanmoe.plan.sizes import GIB, format_size, parse_size
+
+MOST_STEP_TOKENS = 512
 
 if TYPE_CHECKING:
     from yuanmoe.lm import LanguageModel
@@ -37,7 +40,9 @@ def serve(
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Room for keys and values of all sequences.")] = None,
     cache_gib: Annotated[float | None, typer.Option(help="The same room in GiB.")] = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Sequences that are computed together.")] = 64,
-    step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pass, prompts included.")] = 512,
+    step_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one pass, prompts included; by default about a second's work.")
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait beside those at work.")] = 256,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="By default what the context holds.")] = None,
     request_timeout: Annotated[float, typer.Option(min=1, help="Seconds that one answer may take.")] = 600.0,
@@ -67,7 +72,7 @@ def serve(
             cache_bytes=None if cache_gib is None else round(cache_gib * GIB),
             free_bytes=_free_bytes(lm),
             max_batch_size=max_batch_size,
-            step_tokens=step_tokens,
+            step_tokens=step_tokens or _step_tokens(lm, max_batch_size),
             max_queue=max_queue,
             max_prompt_tokens=max_prompt_tokens,
             timeout_s=request_timeout,
@@ -91,6 +96,17 @@ def _load(
         if threads is not None:
             torch.set_num_threads(threads)
         return load(model, dtype, device, kv_dtype)
+
+
+def _step_tokens(lm: "LanguageModel", max_batch_size: int) -> int:
+    """As many tokens as a pass reads in about a second: answers wait that long for the prompts of others.
+
+    Not below 64, as then a pass reads most experts for a few tokens each, nor above 512, where nothing is won.
+    """
+    if lm.model.model.norm.weight.device.type != "cpu":
+        return max(max_batch_size, MOST_STEP_TOKENS)
+    tokens_per_s = measure_matmul().median / forward_flops(lm.config)
+    return max(max_batch_size, 64, min(MOST_STEP_TOKENS, round(tokens_per_s)))
 
 
 def _free_bytes(lm: "LanguageModel") -> int | None:
