@@ -54,14 +54,14 @@ def test_a_preset_is_measured_with_everything_in_one_line(run):
     assert (result["model"], result["bits"], result["layers"], result["kv_dtype"]) == ("tiny", 4, 3, "bf16")
     assert result["role_bits"] == {"embedding": 8, "lfa": 8, "attention": 4, "experts": 4}
     assert result["read_bytes_per_s"].keys() == RATE
-    assert [(report["batch"], report["context"]) for report in result["decode"]] == [(1, 8), (1, 16), (2, 16)]
+    assert [(report["batch"], report["context"]) for report in result["decode"]] == [(1, 8), (1, 16), (2, 8)]
     for report in result["decode"]:
         assert report["tokens_per_s"].keys() == report["bytes_per_s"].keys() == RATE
         assert report["tokens_per_s"]["median"] == pytest.approx(report["batch"] / report["median_s"])
         assert report["share_of_read_bandwidth"] > 0
         assert 2 <= report["experts_read"] <= 2 * report["batch"]
     config = preset("tiny", num_hidden_layers=3)
-    expected = cost.decode_bytes(config, policy(config, 4), context=16, batch=2)
+    expected = cost.decode_bytes(config, policy(config, 4), context=8, batch=2)
     assert result["decode"][2]["bytes"] == expected
     assert [report["experts_read_if_uniform"] for report in result["decode"]] == [2, 2, 3.5]
     (prefill,) = result["prefill"]
@@ -130,9 +130,10 @@ def test_memory_is_looked_at_before_it_is_taken(run, monkeypatch):
 def test_memory_grows_with_sequences_and_shrinks_with_eight_bits():
     config = preset("yuan2-m32")
     precision = policy(config, 4)
-    with pytest.raises(ResourceError, match=r"needs 2[5-9]\..* 4\.5. GiB of keys and values"):
-        check_load("m32", config, precision, Load(batches=(1, 20)), free=22 << 30)
-    check_load("m32", config, precision, Load(batches=(1, 8), kv_dtype=torch.int8), free=23 << 30)
+    with pytest.raises(ResourceError, match=r"needs 25\..* 4\.5. GiB of keys and values"):
+        check_load("m32", config, precision, Load(contexts=(512,), batches=(1, 23)), free=23 << 30)
+    check_load("m32", config, precision, Load(contexts=(512,), batches=(1, 8), kv_dtype=torch.int8), free=23 << 30)
+    check_load("m32", config, precision, Load(batches=(1, 8)), free=22 << 30)
 
 
 def test_random_weights_spread_the_tokens_over_the_experts():

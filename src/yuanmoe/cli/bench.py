@@ -85,7 +85,7 @@ def decode(
     bits: Annotated[int, typer.Option(help="4 or 8, of a preset.")] = 4,
     layers: Annotated[int | None, typer.Option(min=1, help="How many of the preset's layers; default: all.")] = None,
     contexts: Annotated[str, typer.Option(help="Tokens before the one that is decoded.")] = "16,512,2048",
-    batch: Annotated[str, typer.Option(help="Sequences at once; those after the first at the middle context.")] = "1",
+    batch: Annotated[str, typer.Option(help="Sequences at once; those after the first at the shortest context.")] = "1",
     prompts: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "32,128,512",
     kv_dtype: Annotated[Literal["bf16", "int8"], typer.Option(help="Of keys and values.")] = "bf16",
     runs: Runs = 5,

@@ -69,7 +69,8 @@ def quantized_linear(x: Float[Tensor, "*N I"], weight: PackedTensor) -> Float[Te
     found = _kernels_for(x)
     if found is None:
         return quant.linear(x, weight).to(x.dtype)
-    return found.linear(readable(x), weight).to(x.dtype)
+    out = found.linear(readable(x), weight)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def quantized_moe(

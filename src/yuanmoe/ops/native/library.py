@@ -151,7 +151,7 @@ class Kernels:
         matrix = self._stack(weight)
         function = self._library.yuanmoe_linear_bf16 if isinstance(weight, Tensor) else self._library.yuanmoe_linear
         lead = x.shape[:-1]
-        out = x.new_empty((*lead, matrix.rows))
+        out = torch.empty((*lead, matrix.rows), dtype=x.dtype)
         _check(function(self._call(x), matrix, x.data_ptr(), lead.numel(), out.data_ptr()), matrix)
         return out
 
