@@ -12,6 +12,7 @@ from torch import Tensor
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ContextLengthError
 from yuanmoe.model.key_values import Slots, attend
+from yuanmoe.model.sequences import StoredState
 
 
 class Cache:
@@ -87,9 +88,11 @@ class CachedSequences:
         tail = torch.where(counts > 0, ends + B - 1, torch.arange(B))
         positions = order - starts[rows] + torch.tensor(past)[rows]
         # One transfer for all: on a GPU each costs as much as a small kernel.
-        parts = (predecessor, rows, positions, tail, ends - 1)
+        kept_in = counts.nonzero().squeeze(1)
+        parts = (predecessor, rows, positions, tail, kept_in, ends[kept_in] - 1, torch.arange(B), ends - 1)
         on_device = torch.cat(parts).to(cache.device).split([len(part) for part in parts])
-        self._predecessor, self._rows, self._positions, self._tail, last = on_device
+        self._predecessor, self._rows, self._positions, self._tail = on_device[:4]
+        self._kept_in, self._kept, self._before, last = on_device[4:]
         self.last = last
         """Index of the last new token of each sequence, [B] (of sequences with new tokens)."""
 
@@ -106,6 +109,21 @@ class CachedSequences:
         seen = torch.cat([tail, x])
         tail.copy_(seen[self._tail])
         return seen[self._predecessor]
+
+    def stored(self) -> StoredState:
+        return StoredState(
+            keys=self._cache.keys,
+            values=self._cache.values,
+            tails=self._cache.tails,
+            past=self._past,
+            new=self._new,
+            table=None,
+            pages=self._rows,
+            slots=self._positions,
+            before=self._before,
+            kept=self._kept,
+            kept_in=self._kept_in,
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, dropout: float) -> Tensor:
         keys, values = self._cache.keys[layer_idx], self._cache.values[layer_idx]

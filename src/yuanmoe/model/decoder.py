@@ -20,6 +20,7 @@ from yuanmoe.model.low_rank import LowRank, factors_of
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
 from yuanmoe.model.sequences import Sequences, WholeSequences, documents_of
+from yuanmoe.model.whole_pass import WholePass
 from yuanmoe.ops.linear import linear
 from yuanmoe.ops.low_rank import corrected
 from yuanmoe.ops.rotary import rotary_tables
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._whole_pass = WholePass()
 
     def forward(
         self, input_ids: Int[Tensor, " N"], sequences: Sequences
@@ -79,6 +81,8 @@ class Decoder(nn.Module):
         """The tokens of `sequences` in its order; returns final hidden states and routings."""
         x = self.embed_tokens(input_ids)
         rotary = self.rotary(sequences.positions)
+        if (whole := self._whole_pass.run(self.layers, x, sequences, rotary)) is not None:
+            return self.norm(whole[0]), whole[1]
         routings = []
         for layer in self.layers:
             x, routing = layer(x, sequences, rotary)

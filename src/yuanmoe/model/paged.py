@@ -14,6 +14,7 @@ from torch import Tensor
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.key_values import Slots
+from yuanmoe.model.sequences import StoredState
 from yuanmoe.ops import native
 from yuanmoe.ops.attention import attend_padded, causal_attention
 
@@ -87,6 +88,23 @@ class PagedSequences:
             return before
         tails.index_copy_(0, self._kept_in, x.index_select(0, self._kept))
         return torch.cat([before, x]).index_select(0, self._predecessors)
+
+    def stored(self) -> StoredState | None:
+        if self._cache.page_size % native.PAGE_SLOTS and self._table.shape[1] > 1:
+            return None
+        return StoredState(
+            keys=self._cache.keys,
+            values=self._cache.values,
+            tails=self._cache.tails,
+            past=self._past,
+            new=self._new,
+            table=self._table,
+            pages=self._pages,
+            slots=self._slots,
+            before=self._tails,
+            kept=self._kept,
+            kept_in=self._kept_in,
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, dropout: float) -> Tensor:
         assert not dropout, "dropout is for training, which has no cache"

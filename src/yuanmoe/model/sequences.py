@@ -7,12 +7,15 @@ Sources: spec 1.3 (a zero stands before each convolution separately), 1.7 (docum
 Legend: N tokens of the pass, B sequences, S tokens of a sequence, D channels, H heads, C head channels.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from yuanmoe.config import Packing
+from yuanmoe.model.key_values import Slots
 from yuanmoe.ops.attention import attend_runs
 
 FILTER_INPUT, FILTER_HIDDEN = 0, 1
@@ -34,6 +37,38 @@ class Sequences(Protocol):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, dropout: float) -> Tensor:
         """Causal attention of each token to its sequence up to itself; all [N, H, C]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredState:
+    """Where a pass finds the past of its tokens and leaves its own; all indices are int64 and on the CPU."""
+
+    keys: Sequence[Slots]
+    values: Sequence[Slots]
+    tails: Sequence[Sequence[Tensor]]
+    """Of each layer the rows of both streams; empty without LFA."""
+    past: Sequence[int]
+    new: Sequence[int]
+    """Tokens of each sequence, [B]."""
+    table: Tensor | None
+    """Its pages, int32; without it page b is that of sequence b."""
+    pages: Tensor
+    slots: Tensor
+    """Where the keys and values of each new token go, [N]."""
+    before: Tensor
+    """The row of the tails that each sequence continues, [B]."""
+    kept: Tensor
+    kept_in: Tensor
+    """New tokens that leave a tail, and the rows that they leave it in."""
+
+
+@runtime_checkable
+class StoredSequences(Sequences, Protocol):
+    """Sequences whose past is in memory as the compiled kernels read it."""
+
+    def stored(self) -> StoredState | None:
+        """Where; None if the kernels cannot read it there."""
         ...
 
 

@@ -88,6 +88,8 @@ def _has_grouped_matmul(x: Tensor, weight: Tensor) -> bool:
 
 def swiglu(gate_up: Float[Tensor, "*N FF"]) -> Float[Tensor, "*N F"]:
     """silu(first half) * second half of the last dimension (spec 1.9)."""
+    if kernels := native.single(gate_up):
+        return kernels.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from yuanmoe.errors import UsageError
 from yuanmoe.ops import quant
 from yuanmoe.ops.native.choice import available, chosen, kernels, reason, variant
-from yuanmoe.ops.native.library import DTYPES, STORED, Kernels
+from yuanmoe.ops.native.library import Kernels
 from yuanmoe.ops.native.shapes import (
     PAGE_SLOTS,
     check_experts,
@@ -29,6 +29,7 @@ from yuanmoe.ops.native.shapes import (
     readable,
     readable_routing,
 )
+from yuanmoe.ops.native.structures import DTYPES, STORED
 from yuanmoe.ops.quant import PackedTensor
 
 __all__ = [

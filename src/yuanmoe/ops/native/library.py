@@ -11,116 +11,46 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from yuanmoe.errors import ResourceError, UsageError
+from yuanmoe.ops.native import structures as c
+from yuanmoe.ops.native.structures import DTYPES, STORED
 from yuanmoe.ops.quant import PackedTensor
 
 VARIANTS: Final = ("portable", "avx2", "avx512vnni")
 """In the order of `csrc/api.cpp`, and of speed."""
 LIBRARY: Final = Path(__file__).with_name("libyuanmoe.so")
-DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
-"""Tokens that the kernels read and write as they are."""
-STORED: Final = {**DTYPES, torch.int8: 2}
-"""Keys and values likewise."""
-
-
-class _Call(ctypes.Structure):
-    _fields_ = (("variant", c_int32), ("threads", c_int32), ("dtype", c_int32))
-
-
-class _Quantized(ctypes.Structure):
-    _fields_ = (
-        ("codes", c_void_p),
-        ("scales", c_void_p),
-        ("matrices", c_int64),
-        ("rows", c_int64),
-        ("columns", c_int64),
-        ("bits", c_int32),
-        ("group", c_int32),
-    )
-
-
-class _Bfloat16(ctypes.Structure):
-    _fields_ = (("values", c_void_p), ("matrices", c_int64), ("rows", c_int64), ("columns", c_int64))
-
-
-class _Routing(ctypes.Structure):
-    _fields_ = (("tokens", c_int64), ("chosen", c_int64), ("experts", c_void_p), ("weights", c_void_p))
-
-
-class _KeyValues(ctypes.Structure):
-    _fields_ = (
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("key_scales", c_void_p),
-        ("value_scales", c_void_p),
-        ("table", c_void_p),
-        ("stored", c_int32),
-        ("pages", c_int64),
-        ("heads", c_int64),
-        ("slots", c_int64),
-        ("channels", c_int64),
-        ("table_width", c_int64),
-    )
-
-
-class _Slots(ctypes.Structure):
-    _fields_ = (
-        ("values", c_void_p),
-        ("scales", c_void_p),
-        ("stored", c_int32),
-        ("pages", c_int64),
-        ("heads", c_int64),
-        ("slots", c_int64),
-        ("channels", c_int64),
-    )
-
-
-class _Heads(ctypes.Structure):
-    _fields_ = (("tokens", c_int64), ("heads", c_int64), ("channels", c_int64), ("half", c_int64))
-
-
-def _quantized(weight: PackedTensor) -> _Quantized:
-    """Equal matrices [..., O, I] as the library sees them."""
-    return _Quantized(
-        weight.codes.data_ptr(),
-        weight.scales.data_ptr(),
-        weight.codes.shape[:-3].numel(),
-        weight.out_features,
-        weight.in_features,
-        weight.bits,
-        weight.group_size,
-    )
-
 
 _SIGNATURES: Final = {
     "yuanmoe_supports": (c_int32, (c_int32,)),
-    "yuanmoe_linear": (c_int32, (_Call, POINTER(_Quantized), c_void_p, c_int64, c_void_p)),
-    "yuanmoe_linear_bf16": (c_int32, (_Call, POINTER(_Bfloat16), c_void_p, c_int64, c_void_p)),
+    "yuanmoe_linear": (c_int32, (c.Call, POINTER(c.Quantized), c_void_p, c_int64, c_void_p)),
+    "yuanmoe_linear_bf16": (c_int32, (c.Call, POINTER(c.Bfloat16), c_void_p, c_int64, c_void_p)),
     "yuanmoe_mixture": (
         c_int32,
-        (_Call, POINTER(_Quantized), POINTER(_Quantized), POINTER(_Routing), c_void_p, c_void_p),
+        (c.Call, POINTER(c.Quantized), POINTER(c.Quantized), POINTER(c.Routing), c_void_p, c_void_p),
     ),
     "yuanmoe_mixture_bf16": (
         c_int32,
-        (_Call, POINTER(_Bfloat16), POINTER(_Bfloat16), POINTER(_Routing), c_void_p, c_void_p),
+        (c.Call, POINTER(c.Bfloat16), POINTER(c.Bfloat16), POINTER(c.Routing), c_void_p, c_void_p),
     ),
     "yuanmoe_attention": (
         c_int32,
-        (_Call, POINTER(_KeyValues), c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+        (c.Call, POINTER(c.KeyValues), c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     ),
-    "yuanmoe_store": (c_int32, (_Call, POINTER(_Slots), c_void_p, c_void_p, c_int64, c_void_p)),
-    "yuanmoe_rms_norm": (c_int32, (_Call, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
-    "yuanmoe_rotate": (c_int32, (_Call, POINTER(_Heads), c_void_p, c_void_p, c_void_p, c_void_p)),
-    "yuanmoe_relate": (c_int32, (_Call, c_void_p, c_int64, c_int64, c_void_p)),
-    "yuanmoe_choose": (c_int32, (_Call, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
-    "yuanmoe_multiply_adds": (c_int64, (_Call, c_int64)),
-    "yuanmoe_read": (c_uint64, (_Call, c_void_p, c_int64)),
+    "yuanmoe_store": (c_int32, (c.Call, POINTER(c.Slots), c_void_p, c_void_p, c_int64, c_void_p)),
+    "yuanmoe_rms_norm": (c_int32, (c.Call, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
+    "yuanmoe_rotate": (c_int32, (c.Call, POINTER(c.Heads), c_void_p, c_void_p, c_void_p, c_void_p)),
+    "yuanmoe_relate": (c_int32, (c.Call, c_void_p, c_int64, c_int64, c_void_p)),
+    "yuanmoe_choose": (c_int32, (c.Call, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
+    "yuanmoe_swiglu": (c_int32, (c.Call, c_void_p, c_int64, c_int64, c_void_p)),
+    "yuanmoe_layers": (c_int32, (c.Call, c_void_p, c_void_p, c_void_p, c_int64, POINTER(c.Pass), c_void_p)),
+    "yuanmoe_multiply_adds": (c_int64, (c.Call, c_int64)),
+    "yuanmoe_read": (c_uint64, (c.Call, c_void_p, c_int64)),
 }
 
 
@@ -144,7 +74,7 @@ class Kernels:
         self.variant: Final = variant
         self._library: Final = library
         self._index: Final = VARIANTS.index(variant)
-        self._seen: Final[WeakKeyDictionary[PackedTensor, _Quantized]] = WeakKeyDictionary()
+        self._seen: Final[WeakKeyDictionary[PackedTensor, c.Quantized]] = WeakKeyDictionary()
 
     def linear(self, x: Tensor, weight: PackedTensor | Tensor) -> Tensor:
         """`x` [..., I] times a quantized or bfloat16 weight [O, I]."""
@@ -166,7 +96,7 @@ class Kernels:
         """The weighted sum of the chosen experts of each token of `x` [N, D]; `weights` and `experts` are [N, K]."""
         first, second = self._stack(gate_up), self._stack(down)
         function = self._library.yuanmoe_mixture_bf16 if isinstance(down, Tensor) else self._library.yuanmoe_mixture
-        routing = _Routing(*weights.shape, experts.data_ptr(), weights.data_ptr())
+        routing = c.Routing(*weights.shape, experts.data_ptr(), weights.data_ptr())
         out = torch.empty_like(x)
         _check(function(self._call(x), first, second, routing, x.data_ptr(), out.data_ptr()), second)
         return out
@@ -187,7 +117,7 @@ class Kernels:
         addresses = [scale.data_ptr() for scale in scales] if scales else [None, None]
         table, width = (None, 1) if pages is None else (pages.data_ptr(), pages.shape[1])
         stored = STORED[keys.dtype]
-        cache = _KeyValues(keys.data_ptr(), values.data_ptr(), *addresses, table, stored, *keys.shape, width)
+        cache = c.KeyValues(keys.data_ptr(), values.data_ptr(), *addresses, table, stored, *keys.shape, width)
         lengths = (c_int64 * len(past))(*past), (c_int64 * len(past))(*counts)
         out = torch.empty_like(q)
         call = self._call(q)
@@ -198,7 +128,7 @@ class Kernels:
 
     def store(self, x: Tensor, slots: Tensor, scales: Tensor | None, pages: Tensor, places: Tensor) -> None:
         """Puts `x` [N, H, C] into `slots` [pages, H, P, C], at slot `places[n]` of page `pages[n]`; both are int64."""
-        to = _Slots(slots.data_ptr(), None if scales is None else scales.data_ptr(), STORED[slots.dtype], *slots.shape)
+        to = c.slots(slots, scales)
         call, indices = self._call(x), (pages.data_ptr(), places.data_ptr())
         _check_pages(self._library.yuanmoe_store(call, to, *indices, len(x), x.data_ptr()), slots)
 
@@ -212,7 +142,7 @@ class Kernels:
 
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """`x` [N, H, C] with channels i and i + half turned by the angle i of the tables [N, half]."""
-        out, shape = torch.empty_like(x), _Heads(*x.shape, cosines.shape[1])
+        out, shape = torch.empty_like(x), c.Heads(*x.shape, cosines.shape[1])
         cosines, sines = cosines.contiguous(), sines.contiguous()
         tables = cosines.data_ptr(), sines.data_ptr()
         _check_memory(self._library.yuanmoe_rotate(self._call(x), shape, x.data_ptr(), *tables, out.data_ptr()))
@@ -232,6 +162,23 @@ class Kernels:
         _check_memory(self._library.yuanmoe_choose(call, logits.data_ptr(), *logits.shape, chosen, *places))
         return weights, ids
 
+    def swiglu(self, x: Tensor) -> Tensor:
+        """silu(first half) * second half of the last dimension."""
+        width = x.shape[-1] // 2
+        out = torch.empty((*x.shape[:-1], width), dtype=x.dtype)
+        tokens = out.numel() // max(width, 1)
+        _check_memory(self._library.yuanmoe_swiglu(self._call(x), x.data_ptr(), tokens, width, out.data_ptr()))
+        return out
+
+    def layers(self, weights: Any, states: Any, routed: Any, part: slice, run: c.Pass, x: Tensor) -> None:
+        """Takes tokens `x` [N, D] through a part of the layers, in place; the three are arrays of structures."""
+        addresses = (ctypes.addressof(array[part.start]) for array in (weights, states, routed))
+        count = part.stop - part.start
+        status = self._library.yuanmoe_layers(self._call(x), *addresses, count, run, x.data_ptr())
+        if status == 1:
+            raise UsageError("a page or slot of the new tokens does not exist in what is stored")
+        _check_memory(status)
+
     def multiply_adds(self, rounds: int) -> int:
         """Does 8-bit multiply-adds in registers on all threads, and says how many; the portable variant does none."""
         return self._library.yuanmoe_multiply_adds(self._call(None), rounds)
@@ -240,18 +187,18 @@ class Kernels:
         """Reads every byte of `data` once, with all threads."""
         self._library.yuanmoe_read(self._call(None), data.data_ptr(), data.nbytes)
 
-    def _stack(self, weight: PackedTensor | Tensor) -> _Quantized | _Bfloat16:
+    def _stack(self, weight: PackedTensor | Tensor) -> c.Quantized | c.Bfloat16:
         """Equal matrices [..., O, I] as the library sees them; kept for packed ones, a token passes hundreds."""
         if isinstance(weight, Tensor):
-            return _Bfloat16(weight.data_ptr(), weight.shape[:-2].numel(), weight.shape[-2], weight.shape[-1])
+            return c.bfloat16(weight)
         found = self._seen.get(weight)
         if found is None:
-            found = self._seen[weight] = _quantized(weight)
+            found = self._seen[weight] = c.quantized(weight)
         return found
 
-    def _call(self, x: Tensor | None) -> _Call:
+    def _call(self, x: Tensor | None) -> c.Call:
         dtype = 0 if x is None else DTYPES[x.dtype]
-        return _Call(self._index, torch.get_num_threads(), dtype)
+        return c.Call(self._index, torch.get_num_threads(), dtype)
 
 
 def _check_pages(status: int, stored: Tensor) -> None:
@@ -260,7 +207,7 @@ def _check_pages(status: int, stored: Tensor) -> None:
     _check_memory(status)
 
 
-def _check(status: int, matrix: _Quantized | _Bfloat16) -> None:
+def _check(status: int, matrix: c.Quantized | c.Bfloat16) -> None:
     if status == 1:
         raise UsageError(f"an expert id is outside 0..{matrix.matrices - 1}, the experts of these weights")
     _check_memory(status)

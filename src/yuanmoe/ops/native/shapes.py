@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from yuanmoe.errors import UsageError
-from yuanmoe.ops.native.library import DTYPES
+from yuanmoe.ops.native.structures import DTYPES
 from yuanmoe.ops.quant import PackedTensor
 
 PAGE_SLOTS = 32

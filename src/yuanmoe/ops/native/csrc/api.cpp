@@ -2,7 +2,7 @@
 #include <atomic>
 #include <new>
 
-#include "operations.h"
+#include "layers.h"
 #include "threads.h"
 
 using namespace yuanmoe;
@@ -99,6 +99,15 @@ YUANMOE_API int32_t yuanmoe_relate(YuanmoeCall call, const void* x, int64_t toke
 YUANMOE_API int32_t yuanmoe_choose(YuanmoeCall call, const float* logits, int64_t tokens, int64_t experts,
                                    int64_t chosen, float* weights, int64_t* ids) {
     return guarded([&] { return choose(call.inner(), logits, tokens, experts, chosen, weights, ids), true; });
+}
+
+YUANMOE_API int32_t yuanmoe_swiglu(YuanmoeCall call, const void* x, int64_t tokens, int64_t width, void* out) {
+    return guarded([&] { return swiglu(call.inner(), x, tokens, width, out), true; });
+}
+
+YUANMOE_API int32_t yuanmoe_layers(YuanmoeCall call, const LayerWeights* weights, const LayerState* states,
+                                   const Routed* routed, int64_t layers, const Pass* pass, void* x) {
+    return guarded([&] { return run_layers(call.inner(), weights, states, routed, layers, *pass, x); });
 }
 
 // multiply_adds on all threads.

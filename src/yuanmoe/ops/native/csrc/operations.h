@@ -86,6 +86,13 @@ int64_t multiply_adds(const Call& call, int64_t rounds);
 void rms_norm(const Call& call, const void* x, const void* weight, int64_t tokens, int64_t width, float epsilon,
               void* out);
 
+// out = a + b for rows of `width`; add_bias adds one row to all.
+void add(const Call& call, const void* a, const void* b, int64_t tokens, int64_t width, void* out);
+void add_bias(const Call& call, const void* a, const void* bias, int64_t tokens, int64_t width, void* out);
+
+// out = silu(first half) * second half of rows of 2 x `width`
+void swiglu(const Call& call, const void* x, int64_t tokens, int64_t width, void* out);
+
 // Channels i and i + half of each head [token, head, channel] turned by the token's angle i; `half` of them.
 struct Heads {
     int64_t tokens, heads, channels, half;

@@ -42,6 +42,34 @@ void rms_norm(const Call& call, const void* x, const void* weight, int64_t token
     });
 }
 
+static void add_rows(const Call& call, const void* a, const void* b, bool same_b, int64_t tokens, int64_t width,
+                     void* out) {
+    each_token(call, tokens, [&](int64_t token) {
+        float *left = buffer(2 * width), *right = left + width;
+        read_values(a, call.dtype, token * width, width, left);
+        read_values(b, call.dtype, same_b ? 0 : token * width, width, right);
+        for (int64_t i = 0; i < width; ++i) left[i] += right[i];
+        write_values(out, call.dtype, token * width, width, left);
+    });
+}
+
+void add(const Call& call, const void* a, const void* b, int64_t tokens, int64_t width, void* out) {
+    add_rows(call, a, b, false, tokens, width, out);
+}
+
+void add_bias(const Call& call, const void* a, const void* bias, int64_t tokens, int64_t width, void* out) {
+    add_rows(call, a, bias, true, tokens, width, out);
+}
+
+void swiglu(const Call& call, const void* x, int64_t tokens, int64_t width, void* out) {
+    each_token(call, tokens, [&](int64_t token) {
+        float* values = buffer(2 * width);
+        read_values(x, call.dtype, 2 * token * width, 2 * width, values);
+        call.kernels->swiglu(values, values + width, width);
+        write_values(out, call.dtype, token * width, width, values);
+    });
+}
+
 void rotate(const Call& call, const Heads& shape, const void* x, const float* cosines, const float* sines, void* out) {
     const auto [tokens, heads, channels, half] = shape;
     each_token(call, tokens, [&, heads = heads, channels = channels, half = half](int64_t token) {

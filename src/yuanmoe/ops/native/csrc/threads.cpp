@@ -20,6 +20,8 @@ inline void pause() {
 #endif
 }
 
+constexpr int kSpins = 2000;  // some microseconds: phases end together unless a core is taken away
+
 // Each thread takes the units of its own share one by one, so that it reads memory front to back and shares no counter,
 // and then helps where others, slowed down by another process, have not come yet.
 class Work {
@@ -47,7 +49,6 @@ class Work {
     }
 
   private:
-    static constexpr int kSpins = 2000;  // some microseconds: phases end together unless a core is taken away
     static constexpr int kMaxShares = 64;
 
     struct alignas(64) Next {
@@ -92,8 +93,12 @@ class Pool {
         }
         wake_.notify_all();
         work.join();
+        {
+            const std::lock_guard<std::mutex> lock(state_);
+            work_ = nullptr;
+        }
+        for (int turns = 0; active_ && turns < kSpins; ++turns) pause();  // to sleep and wake would take as long
         std::unique_lock<std::mutex> lock(state_);
-        work_ = nullptr;
         idle_.wait(lock, [&] { return active_ == 0; });
     }
 
@@ -126,7 +131,7 @@ class Pool {
     std::condition_variable wake_, idle_;
     std::vector<std::thread> workers_;
     Work* work_ = nullptr;
-    int active_ = 0;
+    std::atomic<int> active_{0};
     std::atomic<int> wanted_{0};
     std::atomic<uint64_t> round_{0};
 };
