@@ -42,7 +42,8 @@ class Peer:
     """The other side, in its own process."""
 
     def __init__(self, python: Path, sizes: dict[str, int]) -> None:
-        command = [python, Path(__file__).with_name("llama_cpp_peer.py")]
+        # -P: this folder's llama_cpp is not the module of that name.
+        command = [python, "-P", Path(__file__).with_name("llama_cpp_peer.py")]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, text=True, **pipes)
         ready = self._ask(json.dumps(sizes)).split()

@@ -13,7 +13,6 @@ import torch
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
-from yuanmoe.model.cache import Cache
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.plan import cost
 from yuanmoe.studies.timing import Timing, take_turns
@@ -83,8 +82,8 @@ def build_mixtral(model: YuanForCausalLM) -> Any:
 
 def our_steps(model: YuanForCausalLM, prompt: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
     """Prefill of `prompt` [S] into an empty cache, and one decode step behind it."""
-    weight, S = model.model.embed_tokens.weight, len(prompt)
-    cache = Cache(model.config, 1, S + 1, dtype=weight.dtype, device=weight.device)
+    S = len(prompt)
+    cache = model.new_cache(1, S + 1)
 
     def forward(tokens: torch.Tensor, past: int) -> None:
         cache.lengths = [past]
