@@ -15,7 +15,10 @@ OURS = Path(__file__).with_name("native")
 # -O0: the emulated lanes take 20 s to optimize and 1 s to run.
 FLAGS = ("-std=c++17", "-O0", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 UNITS = (
-    *(SOURCES / f"{name}.cpp" for name in ("portable", "avx2", "attention", "layers", "linear", "mixture", "single", "threads")),
+    *(
+        SOURCES / f"{name}.cpp"
+        for name in ("portable", "avx2", "attention", "layers", "linear", "mixture", "single", "threads")
+    ),
     OURS / "emulated_avx512.cpp",
     OURS / "selftest.cpp",
 )
