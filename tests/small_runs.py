@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from small_documents import Lists
 from small_tokenizers import TEXTS, bpe
 from yuanmoe.cli import main
 from yuanmoe.config import preset
-from yuanmoe.data.loader import ShuffledWindows, consecutive_windows
-from yuanmoe.data.shards import write_shard
+from yuanmoe.data.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
+from yuanmoe.data.pack import pack_texts
 from yuanmoe.train.loop import Training
 from yuanmoe.train.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
 from yuanmoe.train.start import new_model
@@ -49,12 +50,18 @@ def recipe(**changes) -> Recipe:
 
 def batches(made: Recipe):
     """The batch of a step by its number."""
-    size = made.data.batch_size
-    return ShuffledWindows(text(), length=LENGTH, batch_size=size, seed=made.run.seed).batch
+    options = LoaderOptions(length=LENGTH, batch_size=made.data.batch_size, vocab_size=64, seed=made.run.seed)
+    return Loader([Source(documents=Lists([text()]))], options).batch
 
 
 def heldout():
-    return consecutive_windows(text()[-200:], length=LENGTH)
+    return measuring_windows(Lists([text()[-200:]]), length=LENGTH, limit=99)
+
+
+def whole_batch(ids) -> Batch:
+    """Windows [B, S + 1] of one document each, all of which is learned."""
+    inner = ids[:, 1:]
+    return Batch(ids=ids, loss_mask=np.ones(inner.shape, dtype=np.bool_), documents=np.zeros_like(inner))
 
 
 def training(made: Recipe) -> Training:
@@ -62,10 +69,9 @@ def training(made: Recipe) -> Training:
 
 
 def write_tokens(folder: Path) -> Path:
-    """Tokens of the texts that the small tokenizer was trained on, with the tokenizer beside them."""
-    write_shard(folder / "train", TEXTS * 12, bpe())
-    write_shard(folder / "heldout", TEXTS[:2], bpe())
-    bpe().save(folder)
+    """Datasets of the texts that the small tokenizer was trained on."""
+    pack_texts(TEXTS * 12, folder / "train", bpe())
+    pack_texts(TEXTS[:2], folder / "heldout", bpe())
     return folder
 
 

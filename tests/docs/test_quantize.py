@@ -103,11 +103,11 @@ def test_again_it_shows_the_report(tmp_path, src, run):
 
 
 def test_tokens_on_disk_and_a_text_calibrate(tmp_path, src, text, run):
-    from yuanmoe.data.shards import write_shard
+    from yuanmoe.data.pack import pack_texts
 
-    write_shard(tmp_path / "tokens", [TEXT], load(src).tokenizer)
+    pack_texts([TEXT], tmp_path / "packed" / "tokens", load(src).tokenizer)
     reports = []
-    for file in (text, tmp_path / "tokens.bin"):
+    for file in (text, tmp_path / "packed" / "tokens"):
         code, out, err = run("quantize", src, tmp_path / file.stem, "--calibration", file, "--calibration-tokens", 150)
         assert code == 0, err
         reports.append(last_line(out))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from small_runs import FIELDS_OF_TIME, arguments, call, write_tokens
 from small_tokenizers import bpe
-from yuanmoe.data.shards import write_shard
+from yuanmoe.data.pack import pack_texts
 from yuanmoe.runs import ENVIRONMENT, SAMPLES, read_lines, read_metrics
 from yuanmoe.train.checkpoint import FACTS, TENSORS, steps
 
@@ -184,7 +184,7 @@ def test_other_text_is_named(processes, whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     other = write_tokens(tmp_path / "other")
-    write_shard(other / "train", ["another text\n" * 400], bpe())
+    pack_texts(["another text\n" * 400], other / "train", bpe(), overwrite=True)
     code, said = finished(start(processes, other, folder, "--resume", settings=OFTEN), folder)
     assert code == 2
     assert "text.train was" in said

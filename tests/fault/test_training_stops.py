@@ -18,7 +18,9 @@ from yuanmoe.checkpoint.native_config import Origin
 from yuanmoe.cli import main, training_view
 from yuanmoe.cli.training import Job, run_training
 from yuanmoe.config import preset
-from yuanmoe.data.shards import write_shard
+from yuanmoe.data.megatron import write_megatron
+from yuanmoe.data.pack import pack_texts
+from yuanmoe.data.packed import PackedTokens
 from yuanmoe.errors import CheckpointError, DataError, ResourceError, TokenizerError, TrainingError
 from yuanmoe.runs import read_metrics
 from yuanmoe.train import guard, loop
@@ -40,7 +42,7 @@ def data(tmp_path_factory):
 def job(data, folder, *settings, **changes):
     made = override(named("nano"), (*TINY, *settings))
     console = Console(file=io.StringIO(), width=200)
-    opened = open_data(data, made)
+    opened = open_data([(1.0, data)], made)
     return Job(model=new_model(made), recipe=made, data=opened, folder=folder, console=console, **changes)
 
 
@@ -207,27 +209,44 @@ def test_a_checkpoint_that_no_training_wrote_is_refused(tmp_path):
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
+def opened(made, *places, **others):
+    return open_data([(1.0, place) for place in places], made, **others)
+
+
 def test_data_that_cannot_be_trained_on_is_refused(data, tmp_path):
     made = override(named("nano"), TINY)
-    with pytest.raises(DataError, match=r"train\.json is missing"):
-        open_data(tmp_path, made)
+    with pytest.raises(DataError, match=r"is no dataset.*make one with yuanmoe data pack"):
+        opened(made, tmp_path)
     with pytest.raises(TokenizerError, match="the model's vocabulary ends at 99"):
-        open_data(data, override(made, ["model.vocab_size=100"]))
+        opened(override(made, ["model.vocab_size=100"]), data)
     other = write_tokens(tmp_path / "other")
-    index = json.loads((other / "train.json").read_text())
-    (other / "train.json").write_text(json.dumps(index | {"vocab_size": 9}))
-    with pytest.raises(
-        DataError, match=r"holds tokens of a vocabulary of 9, its tokenizer has \d+; pack the text again"
-    ):
-        open_data(other, made)
-    write_shard(tmp_path / "other" / "train", ["short"], bpe())
-    with pytest.raises(DataError, match="tokens are too few for batches of 4 windows of 16"):
-        open_data(other, made)
-    for name in ("heldout.json", "heldout.bin"):
-        (data / name).rename(tmp_path / name)
-    assert open_data(data, made).heldout is None
-    for name in ("heldout.json", "heldout.bin"):
-        (tmp_path / name).rename(data / name)
+    manifest = json.loads((other / "train" / "manifest.json").read_text())
+    (other / "train" / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": "0" * 64}))
+    with pytest.raises(DataError, match="was packed with another tokenizer"):
+        opened(made, other)
+    pack_texts(["short"], other / "train", bpe(), overwrite=True)
+    with pytest.raises(DataError, match="has 6 tokens, a window takes 17"):
+        opened(made, other)
+    with pytest.raises(DataError, match="the weights of 1 sources sum to 0"):
+        open_data([(0.0, data)], made)
+
+
+def test_a_dataset_alone_is_not_measured_unless_a_text_for_it_is_named(data):
+    made = override(named("nano"), TINY)
+    assert opened(made, data / "train").heldout is None
+    alone, named_apart = opened(made, data), opened(made, data / "train", heldout=[data / "heldout"])
+    assert (named_apart.heldout.ids == alone.heldout.ids).all()
+    assert named_apart.identity == alone.identity
+
+
+def test_tokens_that_name_no_tokenizer_need_one(data, tmp_path):
+    made = override(named("nano"), TINY)
+    write_megatron(PackedTokens(data / "train"), tmp_path / "pair", vocab_size=512)
+    with pytest.raises(DataError, match="does not say which tokenizer made it; name it with --tokenizer"):
+        opened(made, tmp_path / "pair")
+    given = opened(made, tmp_path / "pair", tokenizer=data / "train")
+    assert (given.batch(3).ids == opened(made, data).batch(3).ids).all()
+    assert (given.bytes_per_token, given.tokenizer) == (None, data / "train")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +256,9 @@ def test_data_that_cannot_be_trained_on_is_refused(data, tmp_path):
         (["train", "nan"], "unknown recipe 'nan'; did you mean nano? Recipes: nano, small"),
         (["train", "nano", "--set", "data.batchsize=1"], "did you mean data.batch_size?"),
         (["train", "nano", "--init", "nowhere"], "nowhere does not exist"),
-        (["train", "nano", "--data", "nowhere"], "is missing, so there are no finished tokens"),
+        (["train", "nano", "--data", "nowhere"], "nowhere is no dataset"),
+        (["train", "nano", "--data", "3=a", "--data", "b"], "b has no weight, others have; write --data WEIGHT=PATH"),
+        (["train", "nano", "--data", "x=a"], "'x' is no weight for a; write --data WEIGHT=PATH, such as 25.2=a"),
     ],
 )
 def test_wrong_calls_are_said_in_a_line(args, message, monkeypatch, capsys):
@@ -268,5 +289,5 @@ def test_the_display_says_what_ctrl_c_does():
 
 def test_batches_are_functions_of_their_numbers():
     made = recipe()
-    assert (batches(made)(5) == batches(made)(5)).all()
-    assert batches(made)(5).shape == (BATCH, LENGTH + 1)
+    assert (batches(made)(5).ids == batches(made)(5).ids).all()
+    assert batches(made)(5).ids.shape == (BATCH, LENGTH + 1)

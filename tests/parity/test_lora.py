@@ -24,7 +24,7 @@ from yuanmoe.ops.quant import dequantize, pack, round_activations
 from yuanmoe.ops.quant import quantize as quantize_weight
 from yuanmoe.train.balance import balance_loss
 from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.step import forward_loss
+from yuanmoe.train.step import Windows, forward_loss
 
 KINDS = {
     "q": {}, "k": {}, "v": {}, "o": {}, "lfa": {}, "experts": {}, "head": {"tie_word_embeddings": False},
@@ -74,7 +74,7 @@ def test_factors_equal_the_weights_that_they_stand_for(role, tokens):
 def test_the_head_learns_also_where_it_is_the_embedding(tied):
     model, adapter = adapted(small_config(tie_word_embeddings=tied), settings("head"))
     windows = random_ids(2, 9)
-    loss, _ = forward_loss(model, windows)
+    loss, _ = forward_loss(model, Windows(windows))
     loss.backward()
     logits = merged(model, adapter)(windows[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
@@ -106,7 +106,7 @@ def test_a_new_adapter_changes_no_bit_and_a_detached_one_leaves_none(kind):
 def test_gradients_reach_every_expert_that_was_routed_to_and_no_other():
     config = small_config(num_experts=8, num_experts_per_tok=2)
     model, _ = adapted(config, settings("experts"))
-    loss, routings = forward_loss(model, random_ids(1, 4))
+    loss, routings = forward_loss(model, Windows(random_ids(1, 4)))
     loss.backward()
     for layer, routing in zip(model.model.layers, routings, strict=True):
         routed = set(routing.experts.flatten().tolist())
@@ -121,7 +121,7 @@ def test_gradients_reach_every_expert_that_was_routed_to_and_no_other():
 @pytest.mark.parametrize("router", [False, True])
 def test_routers_learn_only_when_asked(router):
     model, _ = adapted(made=settings("experts", router=router))
-    loss, routings = forward_loss(model, random_ids(1, 9))
+    loss, routings = forward_loss(model, Windows(random_ids(1, 9)))
     extra = balance_loss(routings, BalanceSettings(auxiliary_loss=0.1))
     (loss + extra).backward()
     routers = [layer.mlp.router for layer in model.model.layers]
@@ -200,7 +200,7 @@ def test_an_adapter_learns_a_text_on_a_frozen_base(folders, base):
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
-        loss, _ = forward_loss(model, windows)
+        loss, _ = forward_loss(model, Windows(windows))
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

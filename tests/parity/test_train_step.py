@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from small_models import random_ids, random_model, small_config
-from small_runs import BATCH, LENGTH, batches, recipe, training
+from small_runs import BATCH, LENGTH, batches, recipe, training, whole_batch
 from yuanmoe.checkpoint.save import save_native, save_official
 from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.config import preset
@@ -18,13 +18,13 @@ from yuanmoe.train.meter import balance
 from yuanmoe.train.optim import Optimizer, param_groups
 from yuanmoe.train.recipe import BalanceSettings, OptimizerSettings
 from yuanmoe.train.start import loaded_model, new_model, on_weights
-from yuanmoe.train.step import forward_loss, learn
+from yuanmoe.train.step import Windows, forward_loss, learn
 
 NONE = BalanceSettings()
 
 
 def windows(made, number=0):
-    return torch.from_numpy(batches(made)(number))
+    return Windows.of(batches(made)(number), "cpu")
 
 
 def gradients(model):
@@ -282,7 +282,7 @@ def test_weights_from_elsewhere_give_the_sizes_and_the_recipe_how_to_compute(tmp
     assert not started.model.layers[0].mlp.router.bias.any()
     ids = random_ids(1, 12)
     assert torch.equal(started.eval()(ids).logits, model(ids).logits)
-    loss, _ = forward_loss(started, random_ids(2, 9))
+    loss, _ = forward_loss(started, Windows(random_ids(2, 9)))
     loss.backward()
     assert all(parameter.grad is not None for parameter in started.parameters())
     with pytest.raises(UsageError, match="do not fit the recipe's model, whose sizes differ"):
@@ -295,8 +295,8 @@ def test_the_file_that_was_started_from_is_not_written_to(tmp_path):
     before = (tmp_path / "weights" / "model.safetensors").read_bytes()
     made = on_weights(recipe(max_tokens=LENGTH * BATCH), open_checkpoint(tmp_path / "weights").config)
     started = loaded_model(made, open_checkpoint(tmp_path / "weights"))
-    ids = random_ids(BATCH, LENGTH + 1).numpy()
-    list(Training(started, made, lambda _: ids))
+    batch = whole_batch(random_ids(BATCH, LENGTH + 1).numpy())
+    list(Training(started, made, lambda _: batch))
     assert (tmp_path / "weights" / "model.safetensors").read_bytes() == before
 
 

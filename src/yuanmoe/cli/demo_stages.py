@@ -8,7 +8,7 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from rich.console import Console
 from yuanmoe.config import ModelConfig
 from yuanmoe.data.bpe import train_bpe
 from yuanmoe.data.corpus import stdlib_documents
-from yuanmoe.data.shards import write_shard
+from yuanmoe.data.pack import pack_texts
+from yuanmoe.data.packed import PackedTokens
 from yuanmoe.data.tokenizer import load_tokenizer
 from yuanmoe.errors import DataError
 from yuanmoe.plan import cost
@@ -72,7 +73,7 @@ def works(folder: Path, recipe: Recipe, max_bytes: int | None, console: Console)
             name="tokens",
             doing="tokenizing",
             settings={"heldout_every": HELDOUT_EVERY},
-            outputs=("tokens/train.json", "tokens/heldout.json"),
+            outputs=("tokens/train/manifest.json", "tokens/heldout/manifest.json"),
             do=lambda: make_tokens(folder),
             line=_tokens_line,
         ),
@@ -119,17 +120,21 @@ def make_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def make_tokens(folder: Path) -> dict[str, Any]:
-    """tokens/: the corpus as token ids, `train` and `heldout`, and their tokenizer: what `yuanmoe train` takes."""
+    """tokens/: the corpus as two datasets, `train` and `heldout`: what `yuanmoe train` takes."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     every = min(HELDOUT_EVERY, sum(1 for _ in _texts(folder)))
 
     def part(heldout: bool) -> Iterator[str]:
         return (text for index, text in enumerate(_texts(folder)) if (index % every == every // 2) == heldout)
 
-    train = write_shard(folder / "tokens" / "train", part(heldout=False), tokenizer)
-    heldout = write_shard(folder / "tokens" / "heldout", part(heldout=True), tokenizer)
-    tokenizer.save(folder / "tokens")
-    return {"train": asdict(train.index), "heldout": asdict(heldout.index)}
+    train = pack_texts(part(heldout=False), folder / "tokens" / "train", tokenizer, overwrite=True)
+    heldout = pack_texts(part(heldout=True), folder / "tokens" / "heldout", tokenizer, overwrite=True)
+    return {"train": _counts(train), "heldout": _counts(heldout)}
+
+
+def _counts(tokens: PackedTokens) -> dict[str, int]:
+    names = ("num_tokens", "num_documents", "text_bytes", "vocab_size")
+    return {name: getattr(tokens.manifest, name) for name in names}
 
 
 def _tokens_line(found: dict[str, Any]) -> str:
@@ -147,7 +152,7 @@ def make_model(folder: Path, recipe: Recipe, console: Console) -> dict[str, Any]
     from yuanmoe.train.data import open_data
     from yuanmoe.train.start import new_model
 
-    data = open_data(folder / "tokens", recipe)
+    data = open_data([(1.0, folder / "tokens")], recipe)
     console.print(f"  model      {describe_model(recipe.model)}", soft_wrap=True)
     model = new_model(recipe)
     job = Job(model=model, recipe=recipe, data=data, folder=folder / "run", console=console, keeps=False)

@@ -41,9 +41,7 @@ def quantize(
             "[default: gptq with --calibration, else mse]"
         ),
     ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text, or tokens (NAME.bin beside NAME.json), for gptq.")
-    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A UTF-8 text, or a dataset of tokens, for gptq.")] = None,
     calibration_tokens: Annotated[int, typer.Option(min=2, help="Read at most so many of it.")] = CALIBRATION_TOKENS,
     role: Annotated[
         list[str] | None,

@@ -26,14 +26,14 @@ def read_text(path: Path) -> str:
 
 
 def read_tokens(path: Path, tokenizer: "Tokenizer", limit: int) -> list[int]:
-    """The first `limit` tokens of a text, as a document after `<eod>`, or of tokens on disk (`NAME.bin`, `NAME.json`).
+    """The first `limit` tokens of a text, as a document after `<eod>`, or of a dataset.
 
     Raises UsageError for a file that is neither or holds fewer than two tokens, and DataError for damaged tokens.
     """
-    if path.suffix == ".bin":
-        from yuanmoe.data.shards import open_shard
+    if path.is_dir():
+        from yuanmoe.data.packed import PackedTokens
 
-        ids = open_shard(path).ids[:limit].tolist()
+        ids = PackedTokens(path)[:limit].tolist()
     else:
         text = read_text(path)[: LONGEST_TOKEN * limit]
         ids = [tokenizer.eod_id, *tokenizer.encode(text)][:limit]

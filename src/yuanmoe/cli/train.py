@@ -32,7 +32,14 @@ STATE_BYTES = {"float32": 16, "bfloat16": 18}
 
 def train(
     recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of packed tokens: train, heldout, tokenizer.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Dataset, Megatron pair, or folder of train and heldout; repeat it, WEIGHT=PATH to mix."),
+    ] = None,
+    heldout: Annotated[
+        list[Path] | None, typer.Option(help="Dataset to measure on, beside those that --data has.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Of the data; needed where no dataset brings its own.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")] = None,
     init: Annotated[Path | None, typer.Option(help="Checkpoint of any format to start from.")] = None,
     settings: Annotated[
@@ -56,16 +63,46 @@ def train(
     if show:
         print_result({"command": "train", "recipe": resolved.to_dict()})
         return
-    if data is None:
+    if not data:
         raise UsageError("there is nothing to train on: name a folder of packed tokens with --data")
+    texts = _Texts(data=read_places(data), heldout=heldout or [], tokenizer=tokenizer)
     if resolved.lora and weights is None:
         raise UsageError("LoRA adapts a model that is there: name its checkpoint with --init, in 4 bits or whole")
     place = _Place(out or Path("runs") / recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
-    found = _train(place, resolved, weights, data, device, threads or os.cpu_count() or 1, console)
+    found = _train(place, resolved, weights, texts, device, threads or os.cpu_count() or 1, console)
     print_result({"command": "train", "recipe": recipe, "out": str(place.folder)} | found)
     if found["signal"]:
         console.print(f"stopped by a signal and saved; the same command with --resume goes on: {found['checkpoint']}")
         raise typer.Exit(128 + found["signal"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Texts:
+    """What is read, as it was named."""
+
+    data: list[tuple[float, Path]]
+    heldout: list[Path]
+    tokenizer: Path | None
+
+
+def read_places(words: list[str]) -> list[tuple[float, Path]]:
+    """Weights and paths from `PATH` or `WEIGHT=PATH` each. Raises UsageError unless all or none have a weight."""
+    pairs = [word.partition("=") for word in words]
+    weighted = [bool(equals) and not Path(word).exists() for word, (_, equals, _) in zip(words, pairs, strict=True)]
+    if any(weighted) and not all(weighted):
+        raise UsageError(
+            f"{words[weighted.index(False)]} has no weight, others have; write --data WEIGHT=PATH for each"
+        )
+    if not any(weighted):
+        return [(1.0, Path(word)) for word in words]
+    return [(_weight(weight, path), Path(path)) for weight, _, path in pairs]
+
+
+def _weight(text: str, path: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is no weight for {path}; write --data WEIGHT=PATH, such as 25.2={path}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +138,7 @@ def _train(
     place: _Place,
     recipe: Recipe,
     weights: "Source | None",
-    data: Path,
+    texts: _Texts,
     device: str | None,
     threads: int,
     console: Console,
@@ -119,7 +156,7 @@ def _train(
 
     torch.set_num_threads(threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    opened = open_data(data, recipe)
+    opened = open_data(texts.data, recipe, heldout=texts.heldout, tokenizer=texts.tokenizer)
     checkpoint = _checkpoint(place, recipe, opened.identity, console)
     _check_memory(recipe, weights, device)
     origin, base = Origin(), None

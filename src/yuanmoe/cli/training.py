@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from yuanmoe.checkpoint.adapter import Base, adapter_of
@@ -32,7 +31,7 @@ from yuanmoe.train.data import TrainingData
 from yuanmoe.train.loop import Progress, Training
 from yuanmoe.train.meter import Reading, bits_per_byte, flops_per_token, metrics, read
 from yuanmoe.train.recipe import Recipe
-from yuanmoe.train.step import evaluate
+from yuanmoe.train.step import Windows, evaluate
 
 SAMPLE_WINDOWS = 256
 """Held-out windows, spread evenly, that are measured while training goes on; all of them at its end."""
@@ -73,8 +72,8 @@ def run_training(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = {"interrupted": number != 0, "signal": number} | desk.summary(peak)
     if heldout is not None:
         with job.console.status("measuring on the held-out text"):
-            loss = evaluate(job.model, torch.from_numpy(heldout).to(weight.device))
-        found |= {"heldout_loss": loss, "heldout_bits_per_byte": bits_per_byte(loss, job.data.bytes_per_token)}
+            loss = evaluate(job.model, Windows.of(heldout, weight.device))
+        found |= {"heldout_loss": loss} | _bits(loss, job.data)
     write_run_page(job.folder)
     return found
 
@@ -138,14 +137,12 @@ class _Desk(ExitStack):
         self._seconds += progress.step_s
         self._tokens += recipe.data.tokens_per_step
         self.reading = read(self.training.recent, recipe)
-        bits = None
-        if progress.heldout_loss is not None:
-            bits = bits_per_byte(progress.heldout_loss, self.job.data.bytes_per_token)
-        line = metrics(progress, self.reading) | ({} if bits is None else {"heldout_bits_per_byte": bits})
+        bits = _bits(progress.heldout_loss, self.job.data)
+        line = metrics(progress, self.reading) | bits
         self._run.log(line)
         if self._board is not None:
             self._board.log(progress.step, _curves(line))
-        self._view.show(progress, self.reading, bits)
+        self._view.show(progress, self.reading, bits.get("heldout_bits_per_byte"))
         every = recipe.run.checkpoint_steps
         if progress.milestone is not None:
             self._write_samples(progress.step)
@@ -200,6 +197,13 @@ def _evaluating(model: YuanForCausalLM) -> Iterator[None]:
     model.eval()
     yield
     model.train()
+
+
+def _bits(loss: float | None, data: TrainingData) -> dict[str, float]:
+    """A held-out loss as bits a byte of text, where that is known."""
+    if loss is None or data.bytes_per_token is None:
+        return {}
+    return {"heldout_bits_per_byte": bits_per_byte(loss, data.bytes_per_token)}
 
 
 def _curves(line: dict[str, Any]) -> dict[str, float]:

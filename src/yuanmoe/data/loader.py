@@ -1,4 +1,4 @@
-"""Windows of tokens to train on and to measure with: of one row of tokens, and of shuffled documents of many sources.
+"""Windows of tokens to train on and to measure with, of shuffled documents of many sources.
 
 Every batch is a function of the seed and its number, so that the state of a loader is one integer.
 
@@ -10,9 +10,9 @@ Legend: B windows (of a rank), S tokens that a window teaches (a window has S + 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,62 +24,6 @@ from yuanmoe.data.mixture import Mixture
 from yuanmoe.data.permutation import Integers, Permutation, key_of
 from yuanmoe.data.stream import Part, ShuffledStream
 from yuanmoe.errors import DataError, UsageError
-
-Windows = npt.NDArray[np.int64]
-"""[B, S + 1]."""
-
-
-class Row(Protocol):
-    """Token ids in a row: an array, or a whole dataset."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, place: slice, /) -> npt.NDArray[np.integer]: ...
-
-
-class ShuffledWindows:
-    """The windows of a token array in an order of chance, every one once an epoch, cut elsewhere in every epoch."""
-
-    def __init__(self, ids: Row, *, length: int, batch_size: int, seed: int) -> None:
-        """Raises DataError when the tokens do not fill one batch of `batch_size` windows of `length`."""
-        # One window less than there could be leaves room to shift the cuts.
-        self._per_epoch = (len(ids) - 1) // length - 1
-        if self._per_epoch < batch_size:
-            raise DataError(
-                f"{len(ids)} tokens are too few for batches of {batch_size} windows of {length}: "
-                f"they need {(batch_size + 1) * length + 1}; give more text, or ask for a smaller batch or length"
-            )
-        self._ids, self._length, self._batch_size, self._seed = ids, length, batch_size, seed
-        self._epoch = -1
-        self._starts = np.empty(0, dtype=np.int64)
-
-    def batch(self, number: int) -> Windows:
-        """The batch of that number, from 0."""
-        first = number * self._batch_size
-        places = range(first, first + self._batch_size)
-        return np.stack([self._window(place) for place in places])
-
-    def _window(self, place: int) -> npt.NDArray[np.int64]:
-        epoch, index = divmod(place, self._per_epoch)
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self._seed, epoch])
-            shift = rng.integers(self._length)
-            self._starts = shift + self._length * rng.permutation(self._per_epoch)
-            self._epoch = epoch
-        start = self._starts[index]
-        return self._ids[start : start + self._length + 1].astype(np.int64)
-
-
-def consecutive_windows(ids: Row, *, length: int) -> Windows:
-    """All windows in order, for measuring a loss; a rest shorter than a window is left out.
-
-    Raises DataError when there is no window.
-    """
-    if len(ids) <= length:
-        raise DataError(f"{len(ids)} tokens are too few for one window of {length} and its last target; give more text")
-    starts = range(0, len(ids) - length, length)
-    return np.stack([ids[start : start + length + 1].astype(np.int64) for start in starts])
-
 
 MaskRule = Literal["stored", "official"]
 
@@ -103,6 +47,22 @@ class Batch:
     """[B, S]: which of the predicted tokens count."""
     documents: Integers
     """[B, S], of the tokens read: numbers that change where a document begins, for `WholeSequences(documents=...)`."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, windows: slice) -> "Batch":
+        """Some of the windows."""
+        return Batch(ids=self.ids[windows], loss_mask=self.loss_mask[windows], documents=self.documents[windows])
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> "Batch":
+        """Parts of rows, all of S + 1 tokens, as windows."""
+        return cls(
+            ids=np.stack([part.ids for part in parts]),
+            loss_mask=np.stack([part.learned[1:] for part in parts]),
+            documents=np.stack([part.documents[:-1] for part in parts]),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,12 +161,11 @@ class Loader:
         for source, epoch in sorted(set(zip(sources.tolist(), epochs.tolist(), strict=True))):
             here = np.flatnonzero((sources == source) & (epochs == epoch))
             found |= zip(here.tolist(), self._parts(source, epoch, places[here]), strict=True)
-        parts = [found[place] for place in range(self._local)]
-        ids = np.stack([part.ids for part in parts])
-        mask = np.stack([part.learned[1:] for part in parts])
-        if self._options.mask == "official":
-            mask = official_window_mask(ids[:, 1:], sep_id=self._options.sep_id, eod_id=self._options.eod_id)
-        return Batch(ids=ids, loss_mask=mask, documents=np.stack([part.documents[:-1] for part in parts]))
+        batch = Batch.of([found[place] for place in range(self._local)])
+        if self._options.mask != "official":
+            return batch
+        ids = {"sep_id": self._options.sep_id, "eod_id": self._options.eod_id}
+        return replace(batch, loss_mask=official_window_mask(batch.ids[:, 1:], **ids))
 
     def _parts(self, source: int, epoch: int, places: Integers) -> Iterator[Part]:
         """The windows of a source at `places` of the order of an epoch."""
@@ -227,6 +186,16 @@ class Loader:
             span=self._options.length,
         )
         return stream, Permutation(int(self._windows[source]), key_of("windows", seed, source, epoch))
+
+
+def measuring_windows(documents: Documents, *, length: int, limit: int) -> Batch:
+    """Up to `limit` windows to measure a loss with: the same ones for every seed; a rest shorter than one is left out.
+
+    Raises DataError when there is no window.
+    """
+    count = min(_windows_per_epoch(Source(documents=documents), length), limit)
+    row = ShuffledStream(documents, key=key_of("measure"), fim=None, span=length)
+    return Batch.of([row.read(place * length, (place + 1) * length + 1) for place in range(count)])
 
 
 def _windows_per_epoch(source: Source, length: int) -> int:

@@ -150,10 +150,16 @@ class YuanForCausalLM(nn.Module):
         hidden, routings = self.read(input_ids)
         return Output(self.logits(hidden), hidden, routings)
 
-    def read(self, input_ids: Int[Tensor, "B S"]) -> tuple[Float[Tensor, "B S D"], tuple[Routing, ...]]:
-        """The same without the output head, for those who need few of its scores or none of them all at once."""
+    def read(
+        self, input_ids: Int[Tensor, "B S"], documents: Int[Tensor, "B S"] | None = None
+    ) -> tuple[Float[Tensor, "B S D"], tuple[Routing, ...]]:
+        """The same without the output head, for those who need few of its scores or none of them all at once.
+
+        `documents` changes where a document begins; by default one does behind every `<eod>`.
+        """
         config = self.config
-        documents = None if config.packing == "continuous" else documents_of(input_ids, config.eod_token_id)
+        if documents is None and config.packing != "continuous":
+            documents = documents_of(input_ids, config.eod_token_id)
         sequences = WholeSequences(
             *input_ids.shape, device=input_ids.device, documents=documents, packing=config.packing
         )

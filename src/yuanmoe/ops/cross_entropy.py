@@ -20,24 +20,26 @@ BLOCK_TOKENS = 512
 
 
 def head_cross_entropy(
-    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"], count: int | None = None
 ) -> Float32[Tensor, ""]:
-    """Mean over N tokens of -log p(target), in nats, under the logits `hidden @ weight.T`.
+    """Sum over N tokens of -log p(target), in nats, under the logits `hidden @ weight.T`, divided by `count`.
 
-    Differentiable once, in `hidden` and `weight`.
+    By default the mean; another count makes these tokens a part of more. Differentiable once, in `hidden` and `weight`.
     """
-    return _HeadCrossEntropy.apply(hidden, weight, targets)  # pyright: ignore[reportReturnType]
+    count = len(targets) if count is None else count
+    return _HeadCrossEntropy.apply(hidden, weight, targets, count)  # pyright: ignore[reportReturnType]
 
 
-def head_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def head_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
     """The same with all logits at once."""
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+    total = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+    return total / (len(targets) if count is None else count)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        to_hidden, to_weight, _ = ctx.needs_input_grad
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: int) -> Tensor:
+        to_hidden, to_weight, *_ = ctx.needs_input_grad
         loss = torch.zeros((), device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if to_hidden or to_weight else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if to_weight else None
@@ -46,18 +48,18 @@ class _HeadCrossEntropy(torch.autograd.Function):
             block_loss, error = _loss_and_error(linear(hidden[block], weight).float(), targets[block, None])
             loss += block_loss
             if hidden_gradient is not None:
-                error.div_(len(targets))
+                error.div_(count)
                 _add_gradients(error, hidden[block], weight, hidden_gradient[block], weight_gradient)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
-        return loss / len(targets)
+        return loss / count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = gradients
         hidden_gradient, weight_gradient = ctx.saved_tensors
         weight_gradient = None if weight_gradient is None else weight_gradient * gradient
-        return hidden_gradient * gradient.to(hidden_gradient.dtype), weight_gradient, None
+        return hidden_gradient * gradient.to(hidden_gradient.dtype), weight_gradient, None, None
 
 
 def _add_gradients(error: Tensor, hidden: Tensor, weight: Tensor, to_hidden: Tensor, to_weight: Tensor | None) -> None:

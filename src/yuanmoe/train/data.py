@@ -1,65 +1,120 @@
-"""What a run reads: the batches, the held-out text and the tokenizer of one folder of packed tokens.
+"""What a run reads: batches of one dataset or of many by weight, the held-out text, and the tokenizer.
 
-The folder holds the shards `train` and, where there is one, `heldout`, and the tokenizer's files. This is where other
-sources of batches come in: whatever makes a `TrainingData` can be trained on. Not here: making shards (`data/`).
+Whatever makes a `TrainingData` can be trained on. Not here: making datasets and cutting windows (`data/`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from yuanmoe.data.loader import ShuffledWindows, Windows, consecutive_windows
-from yuanmoe.data.shards import Shard, open_shard
-from yuanmoe.data.tokenizer import check_tokenizer, load_tokenizer
+import numpy as np
+
+from yuanmoe.data.datasets import check_fits, open_documents
+from yuanmoe.data.fim import FillInMiddle
+from yuanmoe.data.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
+from yuanmoe.data.manifest import MANIFEST
+from yuanmoe.data.packed import PackedTokens
+from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.errors import DataError
 from yuanmoe.train.recipe import Recipe
 
 TRAIN, HELDOUT = "train", "heldout"
+
+HELDOUT_TOKENS = 2**22
+"""A loss of so many tokens is known to a thousandth; more would only take longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
     """Everything a run reads."""
 
-    batch: Callable[[int], Windows]
+    batch: Callable[[int], Batch]
     """The windows of a step by its number, from 0; the same for the same number, whenever it is asked."""
-    heldout: Windows | None
+    heldout: Batch | None
     """What the run is measured on."""
-    bytes_per_token: float
-    """Of the held-out text."""
+    bytes_per_token: float | None
+    """Of the held-out text; None where its format does not say, and where only answers are learned."""
     tokenizer: Path
     """The folder with its files."""
     identity: dict[str, Any]
     """What names the text: a run goes on with the same one."""
 
 
-def open_data(folder: Path, recipe: Recipe) -> TrainingData:
-    """The data in `folder`, checked against the recipe's model.
+def open_data(
+    places: Sequence[tuple[float, Path]],
+    recipe: Recipe,
+    *,
+    heldout: Sequence[Path] = (),
+    tokenizer: Path | None = None,
+) -> TrainingData:
+    """The data in `places`, with their weights, checked against the recipe's model.
 
-    Raises DataError for missing or damaged shards, for too little text and for text of another tokenizer, and
-    TokenizerError for a tokenizer of another model.
+    A place is a dataset, a Megatron pair, or a folder of two datasets, `train` and `heldout`. The tokenizer of the
+    first dataset serves where none is named. Raises DataError for missing or damaged datasets, for too little text
+    and for text of another tokenizer, and TokenizerError for a tokenizer of another model.
     """
-    train = open_shard(folder / TRAIN)
-    heldout = open_shard(folder / HELDOUT) if (folder / HELDOUT).with_suffix(".json").is_file() else None
-    tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, recipe.model.vocab_size, recipe.model.eod_token_id)
-    for shard in filter(None, (train, heldout)):
-        if shard.index.vocab_size != tokenizer.vocab_size:
-            raise DataError(
-                f"{folder} holds tokens of a vocabulary of {shard.index.vocab_size}, its tokenizer has "
-                f"{tokenizer.vocab_size}; pack the text again with this tokenizer"
-            )
-    length = recipe.data.sequence_length
-    batches = ShuffledWindows(train.ids, length=length, batch_size=recipe.data.batch_size, seed=recipe.run.seed)
+    trained = [Source(documents=open_documents(_part(path, TRAIN)), weight=weight) for weight, path in places]
+    beside = [path / HELDOUT for _, path in places if _part(path, HELDOUT) != path]
+    measured = [Source(documents=open_documents(_part(path, HELDOUT))) for path in [*beside, *heldout]]
+    words = tokenizer or _tokenizer_of(trained)
+    loaded = load_tokenizer(words)
+    options = _options(recipe, loaded)
+    check_fits([*trained, *measured], options, recipe.model, loaded)
+    loader = Loader(trained, options)
     return TrainingData(
-        batch=batches.batch,
-        heldout=None if heldout is None else consecutive_windows(heldout.ids, length=length),
-        bytes_per_token=(heldout or train).bytes_per_token,
-        tokenizer=folder,
-        identity={"train": _name(train), "heldout": heldout and _name(heldout)},
+        batch=loader.batch,
+        heldout=_measured(measured, options.length),
+        bytes_per_token=_bytes_per_token(measured or trained),
+        tokenizer=words if words.is_dir() else words.parent,
+        identity={TRAIN: [_name(source) for source in trained], HELDOUT: [_name(source) for source in measured]},
     )
 
 
-def _name(shard: Shard) -> str:
-    return f"{shard.index.num_tokens} tokens, sha256 {shard.index.sha256[:16]}"
+def _part(path: Path, name: str) -> Path:
+    """The dataset of that name in a folder of two, or the path itself."""
+    return path / name if (path / name / MANIFEST).is_file() else path
+
+
+def _tokenizer_of(sources: Sequence[Source]) -> Path:
+    for source in sources:
+        if isinstance(source.documents, PackedTokens):
+            return source.documents.path
+    raise DataError(f"{sources[0].documents.name} does not say which tokenizer made it; name it with --tokenizer")
+
+
+def _options(recipe: Recipe, tokenizer: Tokenizer) -> LoaderOptions:
+    data = recipe.data
+    fim = FillInMiddle.of(tokenizer, rate=data.fim_rate, spm_rate=data.fim_spm_rate) if data.fim_rate else None
+    return LoaderOptions(
+        length=data.sequence_length,
+        batch_size=data.batch_size,
+        vocab_size=recipe.model.vocab_size,
+        seed=recipe.run.seed,
+        fim=fim,
+        mask=data.loss_mask,
+        sep_id=tokenizer.sep_id,
+        eod_id=tokenizer.eod_id,
+    )
+
+
+def _measured(sources: Sequence[Source], length: int) -> Batch | None:
+    """Windows of all held-out sources, an equal number of each at most."""
+    if not sources:
+        return None
+    limit = max(1, HELDOUT_TOKENS // length // len(sources))
+    parts = [measuring_windows(source.documents, length=length, limit=limit) for source in sources]
+    joined = {name: np.concatenate([asdict(part)[name] for part in parts]) for name in asdict(parts[0])}
+    return Batch(**joined)
+
+
+def _bytes_per_token(sources: Sequence[Source]) -> float | None:
+    manifests = [each.documents.manifest for each in sources if isinstance(each.documents, PackedTokens)]
+    if len(manifests) < len(sources) or any(each.trained_tokens is not None for each in manifests):
+        return None
+    return sum(each.text_bytes for each in manifests) / sum(each.num_tokens for each in manifests)
+
+
+def _name(source: Source) -> str:
+    documents = source.documents
+    return f"{documents.num_tokens} tokens, {documents.fingerprint[:16]}, weight {source.weight:g}"

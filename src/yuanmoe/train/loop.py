@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yuanmoe.data.loader import Windows
+from yuanmoe.data.loader import Batch
 from yuanmoe.errors import DataError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.train import guard
@@ -25,7 +25,7 @@ from yuanmoe.train.balance import RouterBiases
 from yuanmoe.train.optim import Optimizer
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.schedule import learning_rate, spent
-from yuanmoe.train.step import Learned, evaluate, learn, window_losses
+from yuanmoe.train.step import Learned, Windows, evaluate, learn, window_losses
 
 RECENT_STEPS = 32
 """Steps that are remembered, for what they say together (`meter`) and to tell a spike (`guard`)."""
@@ -70,8 +70,8 @@ class Training:
         self,
         model: YuanForCausalLM,
         recipe: Recipe,
-        batch: Callable[[int], Windows],
-        heldout: Windows | None = None,
+        batch: Callable[[int], Batch],
+        heldout: Batch | None = None,
     ) -> None:
         self.model = model.train()
         self.recipe = recipe
@@ -147,7 +147,7 @@ class Training:
     def _learn(self) -> tuple[Learned, float]:
         """The gradient of the next batch, clipped, and its norm before that."""
         recipe, windows = self.recipe, self._windows()
-        with _randomness(recipe.run.seed, self.step, windows.device):
+        with _randomness(recipe.run.seed, self.step, windows.ids.device):
             learned = learn(self.model, windows, recipe.data.windows_at_once, recipe.balance)
         norm = self._optimizer.clip(recipe.optimizer.gradient_clip).item()
         losses = [progress.loss for progress in self.recent]
@@ -156,14 +156,14 @@ class Training:
             raise guard.failure(self.step + 1, self.step, what, norm, window_losses(self.model, windows))
         return learned, norm
 
-    def _windows(self) -> Tensor:
-        windows, vocab_size = self._batch(self.step), self.recipe.model.vocab_size
-        if windows.min() < 0 or windows.max() >= vocab_size:
+    def _windows(self) -> Windows:
+        batch, vocab_size = self._batch(self.step), self.recipe.model.vocab_size
+        if batch.ids.min() < 0 or batch.ids.max() >= vocab_size:
             raise DataError(
-                f"batch {self.step} holds token ids {windows.min()} to {windows.max()}, the model's vocabulary ends at "
-                f"{vocab_size - 1}; pack the text with the model's tokenizer"
+                f"batch {self.step} holds token ids {batch.ids.min()} to {batch.ids.max()}, the model's vocabulary "
+                f"ends at {vocab_size - 1}; pack the text with the model's tokenizer"
             )
-        return _to(windows, self.model.model.norm.weight.device)
+        return Windows.of(batch, self.model.model.norm.weight.device)
 
     def _milestone(self) -> int | None:
         """The milestone that the share of the budget has just reached, from 1."""
@@ -175,7 +175,7 @@ class Training:
     def _measure(self) -> float | None:
         if self._heldout is None:
             return None
-        return evaluate(self.model, _to(self._heldout, self.model.model.norm.weight.device))
+        return evaluate(self.model, Windows.of(self._heldout, self.model.model.norm.weight.device))
 
 
 @contextmanager
@@ -185,7 +185,3 @@ def _randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(mixed >> 1)
         yield
-
-
-def _to(windows: Windows, device: torch.device) -> Tensor:
-    return torch.from_numpy(windows).to(device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from yuanmoe.config import ModelConfig
+from yuanmoe.data.loader import MaskRule
 from yuanmoe.errors import ConfigError
 from yuanmoe.model.targets import LoraSettings
 
@@ -29,9 +30,17 @@ class DataSettings:
     """Windows in a step."""
     micro_batch_size: int | None = None
     """Windows at a time; their gradients are summed in float32. By default the whole batch."""
+    fim_rate: float = 0.0
+    """Share of documents that are rearranged to fill in the middle; those with a loss mask stay as they are."""
+    fim_spm_rate: float = 0.5
+    """Share of those whose suffix comes before their prefix."""
+    loss_mask: MaskRule = "stored"
+    """`stored` beside the tokens, where there is one, or `official`: the released rule (spec 6.3)."""
 
     def __post_init__(self) -> None:
         _positive(self, "sequence_length", "batch_size", "micro_batch_size")
+        _shares(self, "fim_rate", "fim_spm_rate")
+        _choice(self, "loss_mask", MaskRule)
         if self.batch_size % self.windows_at_once:
             raise ConfigError(
                 f"data.batch_size {self.batch_size} is no multiple of data.micro_batch_size {self.micro_batch_size}"

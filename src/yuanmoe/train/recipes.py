@@ -40,7 +40,7 @@ def small() -> Recipe:
     return Recipe(
         model=preset("small"),
         # 8,192 tokens are 512 for each expert: matrix products that a CPU runs at their full rate.
-        data=DataSettings(sequence_length=256, batch_size=32, micro_batch_size=16),
+        data=DataSettings(sequence_length=256, batch_size=32, micro_batch_size=16, fim_rate=0.5),
         # As `nano`, whose start it shares; a wider model wants a smaller rate.
         optimizer=OptimizerSettings(learning_rate=2e-3, embedding_rate=10.0, head_rate=5.0),
         schedule=ScheduleSettings(max_tokens=1500 * 32 * 256, final_learning_rate=0.05),
@@ -72,7 +72,7 @@ def ablation_826m() -> Recipe:
     )
     return Recipe(
         model=model,
-        data=DataSettings(sequence_length=8192, batch_size=384, micro_batch_size=2),  # 2B, spec 6.2
+        data=DataSettings(sequence_length=8192, batch_size=384, micro_batch_size=2, fim_rate=0.5),  # 2B, spec 6.2
         optimizer=_published(learning_rate=2e-4),  # 2B, spec 6.2
         schedule=_steps(95_367, warmup_steps=1_900, tokens_per_step=384 * 8192),  # 2B, spec 6.2
         run=_LARGE,
@@ -83,7 +83,7 @@ def m32_pretrain() -> Recipe:
     """The pre-training of Yuan 2.0-M32: 2000.7 billion tokens (arXiv 2405.17976 section 4.1, spec 6.2)."""
     return Recipe(
         model=preset("yuan2-m32", attention_dropout=0.1, packing="megatron"),  # --flash-attn-drop, spec 1.6 and 1.7
-        data=DataSettings(sequence_length=4096, batch_size=1536, micro_batch_size=2),
+        data=DataSettings(sequence_length=4096, batch_size=1536, micro_batch_size=2, fim_rate=0.5),  # FIM and SPM .5
         optimizer=_published(learning_rate=1e-4),  # to 1e-5 as a cosine
         schedule=_steps(318_000, warmup_steps=6_400, tokens_per_step=1536 * 4096),
         run=_LARGE,
