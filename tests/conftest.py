@@ -10,9 +10,6 @@ from hypothesis import settings
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
 
-# A shell's background jobs ignore Ctrl-C, and so would every program that the tests start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -22,6 +19,12 @@ def shared_dir() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("the golden checkpoints (../shared) are not on this machine")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c() -> None:
+    """Heard, also where a shell started the tests in the background, or a test ended a server in this process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
