@@ -5,13 +5,13 @@ Legend: N tokens, D hidden, E experts, F expert width.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from yuanmoe.model.linear import Linear
 from yuanmoe.model.low_rank import LowRank, factors_of
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
-from yuanmoe.ops.grouped import experts_forward, swiglu
+from yuanmoe.ops.grouped import expert_networks, experts_forward, swiglu
 
 
 class DenseFeedForward(nn.Module):
@@ -43,6 +43,17 @@ class Experts(nn.Module):
             self.down_proj,
             routing.weights,
             routing.experts,
+            factors_of(self.gate_up_proj_lora),
+            factors_of(self.down_proj_lora),
+        )
+
+    def networks(self, tokens: Float[Tensor, "M D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "M D"]:
+        """What each expert makes of its group of `counts` tokens, unweighted, for whoever dispatches them elsewhere."""
+        return expert_networks(
+            tokens,
+            counts,
+            self.gate_up_proj,
+            self.down_proj,
             factors_of(self.gate_up_proj_lora),
             factors_of(self.down_proj_lora),
         )

@@ -47,10 +47,13 @@ def combine(
     outputs: Float[Tensor, "NK D"], order: Int[Tensor, " NK"], weights: Float[Tensor, "N K"]
 ) -> Float[Tensor, "N D"]:
     """The inverse of `dispatch`: `outputs` back in place, summed with `weights` in float32."""
-    N, K = weights.shape
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
-    chosen = outputs[place].view(N, K, outputs.shape[1]).float()
+    chosen = unsorted(outputs, order).view(*weights.shape, outputs.shape[1]).float()
     return (chosen * weights[..., None]).sum(dim=1).to(outputs.dtype)
+
+
+def unsorted(rows: Float[Tensor, "M D"], order: Int[Tensor, " M"]) -> Float[Tensor, "M D"]:
+    """`rows` that are sorted by `order`, as they were before."""
+    return rows[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))]
 
 
 def grouped_linear(
@@ -94,6 +97,19 @@ def swiglu(gate_up: Float[Tensor, "*N FF"]) -> Float[Tensor, "*N F"]:
     return F.silu(gate) * up
 
 
+def expert_networks(
+    tokens: Float[Tensor, "M D"],
+    counts: Int[Tensor, " E"],
+    gate_up: Float[Tensor, "E FF D"] | PackedTensor,
+    down: Float[Tensor, "E D F"] | PackedTensor,
+    gate_up_factors: Factors | None = None,
+    down_factors: Factors | None = None,
+) -> Float[Tensor, "M D"]:
+    """What each expert makes of its group of `counts` rows of `tokens`; FF is 2 F."""
+    hidden = swiglu(grouped_linear(tokens, gate_up, counts, gate_up_factors))
+    return grouped_linear(hidden, down, counts, down_factors)
+
+
 def experts_forward(
     x: Float[Tensor, "N D"],
     gate_up: Float[Tensor, "E FF D"] | PackedTensor,
@@ -114,8 +130,8 @@ def experts_forward(
     if x.device.type == "cpu" and 0 < len(x) <= GATHERED_UP_TO_TOKENS and not torch.is_grad_enabled():
         return _gathered(x, (gate_up, gate_up_factors), (down, down_factors), weights, experts)
     sent = dispatch(x, experts, len(gate_up.codes if isinstance(gate_up, PackedTensor) else gate_up))
-    hidden = swiglu(grouped_linear(sent.tokens, gate_up, sent.counts, gate_up_factors))
-    return combine(grouped_linear(hidden, down, sent.counts, down_factors), sent.order, weights)
+    outputs = expert_networks(sent.tokens, sent.counts, gate_up, down, gate_up_factors, down_factors)
+    return combine(outputs, sent.order, weights)
 
 
 def _gathered(x: Tensor, gate_up: _Stack, down: _Stack, weights: Tensor, experts: Tensor) -> Tensor:

@@ -116,6 +116,19 @@ def check_stages(stages: Sequence[int], training: Training, devices: int) -> Non
         raise UsageError(f"{devices} devices are not a multiple of {len(stages)} stages; there can be {counts} stages")
 
 
+def check_expert_ranks(ranks: int, config: ModelConfig) -> None:
+    """Raises UsageError where so many ranks cannot share the experts of every layer equally."""
+    if ranks > 1 and not config.is_moe:
+        raise UsageError(f"there are {ranks} expert ranks and no experts; a dense model has 1")
+    for layer, count in enumerate(config.experts_per_layer):
+        if count % ranks:
+            possible = ", ".join(map(str, _expert_ranks(config, max(config.experts_per_layer))))
+            raise UsageError(
+                f"{ranks} expert ranks cannot share the {count} experts of layer {layer} equally; "
+                f"there can be {possible}"
+            )
+
+
 def _check_word(word: str, every: list[Layout], devices: int) -> None:
     known = {known: None for layout in every for known in layout.words}
     if word in known:
