@@ -69,6 +69,11 @@ def _python_files(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
         yield from (path for path in paths if path.is_file() and not path.is_symlink())
 
 
+def read_source(path: Path, max_file_bytes: int) -> str:
+    """A file's text with plain newlines; empty where it is too large, cannot be read or is no UTF-8."""
+    return _text(_content(path, max_file_bytes))
+
+
 def _content(path: Path, max_file_bytes: int) -> bytes:
     """The file, or nothing where it is too large or cannot be read."""
     try:
