@@ -8,6 +8,7 @@ namespace {
 
 struct PortableLanes {
     static constexpr int kTile = 4;
+    static constexpr int kAhead = 1536, kFarAhead = 0, kOnceLocality = 0;  // as AVX2
     static int32_t bias(int bits) { return bits == 4 ? 8 : 0; }
 
     struct Ints {
