@@ -7,9 +7,9 @@ Not here: formats (`store.py`).
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Thread
+from threading import Thread, main_thread
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from yuanmoe.checkpoint.lazy import LazyTensor, cast
+from yuanmoe.checkpoint.mapped import MappedBytes
 from yuanmoe.checkpoint.mapping import layout
 from yuanmoe.checkpoint.native_config import dtype_name
 from yuanmoe.checkpoint.packed_weight import PackedWeight
@@ -110,10 +111,16 @@ def _read_ahead(source: Source, tensors: Mapping[str, LazyTensor]) -> None:
     mapped = sum(tensor.nbytes for tensor in tensors.values() if tensor.is_view)
     free = _free_memory(torch.device("cpu"))
     if free is None or mapped <= free:
-        files = source.files if mapped else ()
-        Thread(target=lambda: [file.touch() for file in files], name="weights ahead", daemon=True).start()
+        if mapped:
+            # No daemon: one that is in torch while Python goes down aborts the process.
+            Thread(target=_touch, args=(source.files,), name="weights ahead").start()
         return
     warnings.warn(_cost_of_disk(source, mapped, free), RuntimeWarning, stacklevel=3)
+
+
+def _touch(files: Sequence[MappedBytes]) -> None:
+    for file in files:
+        file.touch(wanted=main_thread().is_alive)
 
 
 def _cost_of_disk(source: Source, mapped: int, free: int) -> str:
