@@ -183,6 +183,7 @@ def test_runs_do_not_see_one_another(lengths):
 @pytest.mark.parametrize("block_elements", [1, 40 * 9, 1 << 20], ids=["row by row", "uneven blocks", "one block"])
 def test_widened_products_are_rounded_once(monkeypatch, shape, bias, block_elements):
     monkeypatch.setattr(products, "has_bfloat16_matmul", lambda: False)
+    monkeypatch.setattr(products.native, "suits_bf16", lambda *_: False)
     monkeypatch.setattr(products, "BLOCK_ELEMENTS", block_elements)
     x, weight = torch.randn(shape, dtype=torch.bfloat16), torch.randn(23, 40, dtype=torch.bfloat16)
     b = torch.randn(23, dtype=torch.bfloat16) if bias else None

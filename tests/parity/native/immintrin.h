@@ -126,3 +126,6 @@ inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
     return emulated::floats([&](int i) { return a.at[i] * b.at[i]; });
 }
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+    return emulated::floats([&](int i) { return std::fma(a.at[i], b.at[i], c.at[i]); });
+}

@@ -54,7 +54,7 @@ __all__ = [
 MAX_EXPERTS = 256
 """Whose relations the router's kernel holds on its stack (`kMaxExperts` in csrc/layout.h)."""
 BF16_UP_TO_TOKENS = 4
-"""Beyond, torch's matrix product is faster than a pass over the weights for each token."""
+"""Beyond, torch's matrix product is faster than a pass over the weights for each token, except with AVX-512."""
 CACHED_BYTES = 1 << 19
 """Weights that a pass for each token reads from a core's cache: M32's router has 393 KB."""
 
@@ -98,11 +98,12 @@ def quantized_moe(
 def suits_bf16(x: Tensor, *weights: Tensor) -> bool:
     """Whether the bfloat16 kernels take these: few tokens, contiguous bfloat16 on the CPU, no gradient, a library.
 
-    Any number of float32 tokens over weights that stay in the cache of a core, such as a router's: in a quantized model
-    the experts of a token must not depend on how many tokens were computed with it.
+    Any number of tokens with AVX-512; and of float32 ones over weights that stay in the cache of a core, such as a
+    router's: in a quantized model the experts of a token must not depend on how many tokens were computed with it.
     """
     few = x.numel() <= BF16_UP_TO_TOKENS * x.shape[-1]
-    if not few and (x.dtype != torch.float32 or sum(weight.nbytes for weight in weights) > CACHED_BYTES):
+    cached = x.dtype == torch.float32 and sum(weight.nbytes for weight in weights) <= CACHED_BYTES
+    if not (few or cached) and not _multiplies_tiles():
         return False
     gradient = torch.is_grad_enabled()
     if not x.is_cpu or (gradient and x.requires_grad):
@@ -219,6 +220,11 @@ def read_bandwidth(size_bytes: int = 1 << 29, runs: int = 5) -> list[float]:
     return rates
 
 
+def _multiplies_tiles() -> bool:
+    """Whether a bfloat16 weight that was read meets several tokens at once (`kBf16Tile`, six of them)."""
+    return variant() == "avx512vnni"
+
+
 def _kernels_for(x: Tensor) -> Kernels | None:
     if torch.is_grad_enabled() and x.requires_grad:
         raise UsageError("quantized products have no gradient; train on dequantized weights, or run under no_grad")
@@ -230,6 +236,7 @@ def _kernels_for_bf16(x: Tensor, *weights: Tensor) -> Kernels:
     if found is None:
         raise UsageError(
             f"{x.numel() // x.shape[-1]} tokens on {x.device} do not suit the bfloat16 kernels, which take up to "
-            f"{BF16_UP_TO_TOKENS} on the CPU without gradients and contiguous bfloat16 weights; ask suits_bf16 first"
+            f"{BF16_UP_TO_TOKENS} (with AVX-512 any number) on the CPU without gradients and contiguous bfloat16 "
+            "weights; ask suits_bf16 first"
         )
     return found

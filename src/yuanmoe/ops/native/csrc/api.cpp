@@ -46,7 +46,7 @@ YUANMOE_API int32_t yuanmoe_supports(int32_t variant) {
     if (variant == kVariantPortable) return 1;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (variant == kVariantAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    if (variant == kVariantAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (variant == kVariantAvx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vnni");

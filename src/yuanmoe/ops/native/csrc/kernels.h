@@ -2,7 +2,7 @@
 //
 // Every sum has one order, whatever the tile, the thread or the variant: integers are exact within a group, groups are
 // added in float32 from the first to the last with separate multiplications and additions (compile with
-// -ffp-contract=off). So a token's result is the same number alone, in any batch, and on any CPU.
+// -ffp-contract=off), sums over bf16 weights with fused ones. So a token's result is the same number alone, in any batch, and on any CPU.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -139,32 +139,62 @@ inline float tree_sum(const float* lanes) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-// One row: 32 columns a step into two sums of 16 lanes, even and odd columns, added as a tree at the end.
-template <class Lanes>
-float dot_row(const uint16_t* weight, int64_t columns, const float* x) {
-    typename Lanes::Floats even = Lanes::fill(0.0f), odd = even;
-    const auto step = [&](const uint16_t* w, const float* values) {
-        even = Lanes::add(even, Lanes::mul(Lanes::even_bfloat16(w), Lanes::load(values)));
-        odd = Lanes::add(odd, Lanes::mul(Lanes::odd_bfloat16(w), Lanes::load(values + 16)));
+// R rows times T tokens: sums of 16 lanes, even columns before odd ones, 32 columns a step, added as a tree at the end.
+// Fused multiply-adds, which every variant has or imitates.
+template <class Lanes, int R, int T>
+void dots(const uint16_t* weight, int64_t columns, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+    typename Lanes::Floats sum[T][R];
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r) sum[t][r] = Lanes::fill(0.0f);
+    const auto step = [&](const uint16_t* w, int64_t w_stride, const float* values) {
+        typename Lanes::Floats row[R];
+        const auto add = [&](int half) {
+#pragma GCC unroll 6
+            for (int t = 0; t < T; ++t) {
+                const auto value = Lanes::load(values + t * x_stride + 16 * half);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) sum[t][r] = Lanes::fma(row[r], value, sum[t][r]);
+            }
+        };
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) row[r] = Lanes::even_bfloat16(w + r * w_stride);
+        add(0);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) row[r] = Lanes::odd_bfloat16(w + r * w_stride);
+        add(1);
     };
     const int64_t whole = columns / kDotColumns * kDotColumns;
     for (int64_t i = 0; i < whole; i += kDotColumns) {
-        stream<Lanes>(weight + i);
-        step(weight + i, x + i);
+        // One token waits for weights, a stream; with several there is time to bring the rows after these into the cache.
+        for (int r = 0; r < R; ++r) {
+            if constexpr (T < 3) stream<Lanes>(weight + r * columns + i);
+            else prefetch<2>(weight + (r + R) * columns + i, 0);
+        }
+        step(weight + i, columns, x + i);
     }
     if (whole < columns) {
-        uint16_t rest[kDotColumns] = {};
-        std::memcpy(rest, weight + whole, (columns - whole) * sizeof *weight);
-        step(rest, x + whole);
+        uint16_t rest[R * kDotColumns] = {};
+        for (int r = 0; r < R; ++r)
+            std::memcpy(rest + r * kDotColumns, weight + r * columns + whole, (columns - whole) * sizeof *weight);
+        step(rest, kDotColumns, x + whole);
     }
-    alignas(64) float lanes[16];
-    Lanes::store(lanes, Lanes::add(even, odd));
-    return tree_sum(lanes);
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r) {
+            alignas(64) float lanes[16];
+            Lanes::store(lanes, sum[t][r]);
+            out[t * out_stride + r] = tree_sum(lanes);
+        }
 }
 
-template <class Lanes>
-void dot_bf16(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, float* out) {
-    for (int64_t r = 0; r < rows; ++r) out[r] = dot_row<Lanes>(weight + r * columns, columns, x);
+template <class Lanes, int T = Lanes::kBf16Tile>
+void dots_bf16(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, int64_t x_stride, int64_t tokens,
+               float* out, int64_t out_stride) {
+    if constexpr (T > 1)
+        if (tokens < T) return dots_bf16<Lanes, T - 1>(weight, rows, columns, x, x_stride, tokens, out, out_stride);
+    constexpr int R = Lanes::kBf16Rows;
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) dots<Lanes, R, T>(weight + r * columns, columns, x, x_stride, out + r, out_stride);
+    for (; r < rows; ++r) dots<Lanes, 1, T>(weight + r * columns, columns, x, x_stride, out + r, out_stride);
 }
 
 template <class Lanes>
@@ -196,12 +226,13 @@ template <class Lanes>
 constexpr Kernels kernels() {
     static_assert(Lanes::kTile <= kMaxTile);
     return {Lanes::kTile,
+            Lanes::kBf16Tile,
             Lanes::bias,
             quantize,
             block_of_width<Lanes, 4>,
             block_of_width<Lanes, 8>,
             swiglu,
-            dot_bf16<Lanes>,
+            dots_bf16<Lanes>,
             widen,
             attend<Lanes>,
             encode,

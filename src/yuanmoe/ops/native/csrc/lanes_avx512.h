@@ -11,6 +11,7 @@ namespace {
 struct Avx512Lanes {
     // 12 integer and 12 float sums leave 8 of the 32 registers; vpdpbusd (latency 5, two a cycle) wants 10 chains.
     static constexpr int kTile = 12;
+    static constexpr int kBf16Rows = 4, kBf16Tile = 6;  // 24 sums, four rows and a token: 29 registers
     // How far ahead weights are asked for, in bytes: near into the first cache, and far into the second, which waits for
     // 48 lines at a time where the first waits for 16 (measured on Sapphire Rapids, two cores, 4-bit weights: 18 GB/s
     // without, 22 with the near one alone, 27 with both; past the second cache, as on AVX2, 18).
@@ -25,6 +26,7 @@ struct Avx512Lanes {
     static Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
     static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static Floats load(const float* p) { return _mm512_loadu_ps(p); }
     static Floats load_half(const uint16_t* p) { return _mm512_cvtph_ps(load256(p)); }
     static Floats even_bfloat16(const uint16_t* p) {

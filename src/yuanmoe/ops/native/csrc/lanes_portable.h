@@ -8,6 +8,7 @@ namespace {
 
 struct PortableLanes {
     static constexpr int kTile = 4;
+    static constexpr int kBf16Rows = 1, kBf16Tile = 1;
     static constexpr int kAhead = 1536, kFarAhead = 0, kOnceLocality = 0;  // as AVX2
     static int32_t bias(int bits) { return bits == 4 ? 8 : 0; }
 
@@ -46,6 +47,25 @@ struct PortableLanes {
     }
     static Floats mul(const Floats& a, const Floats& b) {
         return each([&](int i) { return a.at[i] * b.at[i]; });
+    }
+    // Rounded once. Without the instruction: the product is exact in double, the sum is rounded there to odd, so that
+    // rounding it again to float is as good as rounding the exact one.
+    static float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+        return __builtin_fmaf(a, b, c);
+#else
+        const double product = static_cast<double>(a) * b, sum = product + c, part = sum - product;
+        const double lost = (product - (sum - part)) + (c - part);
+        int64_t bits;
+        std::memcpy(&bits, &sum, 8);
+        if (lost == lost && lost != 0 && !(bits & 1)) bits += (lost > 0) == (sum > 0) ? 1 : -1;
+        double odd;
+        std::memcpy(&odd, &bits, 8);
+        return static_cast<float>(odd);
+#endif
+    }
+    static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+        return each([&](int i) { return fma(a.at[i], b.at[i], c.at[i]); });
     }
     static Floats load(const float* p) {
         return each([&](int i) { return p[i]; });

@@ -152,33 +152,38 @@ class Bfloat16Experts {
     }
 
     void gated(const Plan::Job& job, int64_t unit) {
-        each_position(job, gated_parts_, unit, [&](int64_t position, int64_t row, int64_t count) {
-            const float* x = tokens_.at(position);
-            float gate[kRowsAtOnce], up[kRowsAtOnce];
-            dot(gate_up_, job.expert, row, count, x, gate);
-            dot(gate_up_, job.expert, down_.columns + row, count, x, up);
-            call_.kernels->swiglu(gate, up, count);
-            hidden_.put(position, row, count, gate);
+        each_tile(job, gated_parts_, unit, [&](int64_t position, int64_t width, int64_t row, int64_t count) {
+            float gate[kMaxTile * kRowsAtOnce], up[kMaxTile * kRowsAtOnce];
+            tokens_.dots(call_, row_of(gate_up_, job.expert, row), count, position, width, gate);
+            tokens_.dots(call_, row_of(gate_up_, job.expert, down_.columns + row), count, position, width, up);
+            for (int64_t i = 0; i < width; ++i) {
+                float* values = gate + i * kRowsAtOnce;
+                call_.kernels->swiglu(values, up + i * kRowsAtOnce, count);
+                hidden_.put(position + i, row, count, values);
+            }
         });
     }
 
     void down(const Plan::Job& job, int64_t unit, float* y) const {
-        each_position(job, down_parts_, unit, [&](int64_t position, int64_t row, int64_t count) {
-            dot(down_, job.expert, row, count, hidden_.at(position), y + position * down_.rows + row);
+        each_tile(job, down_parts_, unit, [&](int64_t position, int64_t width, int64_t row, int64_t count) {
+            float sums[kMaxTile * kRowsAtOnce];
+            hidden_.dots(call_, row_of(down_, job.expert, row), count, position, width, sums);
+            for (int64_t i = 0; i < width; ++i)
+                std::copy_n(sums + i * kRowsAtOnce, count, y + (position + i) * down_.rows + row);
         });
     }
 
   private:
     template <class Body>
-    void each_position(const Plan::Job& job, const Cut& parts, int64_t unit, const Body& body) const {
+    void each_tile(const Plan::Job& job, const Cut& parts, int64_t unit, const Body& body) const {
         const Plan::Tile &first = plan_.tiles[job.first_tile], &last = plan_.tiles[job.last_tile - 1];
-        for (int64_t position = first.first; position < last.first + last.width; ++position)
+        const Cut tiles = Cut::of(last.first + last.width - first.first, call_.kernels->tile_bf16);
+        for (int64_t t = 0; t < tiles.parts; ++t)
             for (int64_t row = parts.begin(unit); row < parts.end(unit); row += kRowsAtOnce)
-                body(position, row, std::min(kRowsAtOnce, parts.end(unit) - row));
+                body(first.first + tiles.begin(t), tiles.size(t), row, std::min(kRowsAtOnce, parts.end(unit) - row));
     }
-    void dot(const Bfloat16& weight, int64_t matrix, int64_t row, int64_t count, const float* x, float* out) const {
-        const uint16_t* values = weight.values + (matrix * weight.rows + row) * weight.columns;
-        call_.kernels->dot_bf16(values, count, weight.columns, x, out);
+    static const uint16_t* row_of(const Bfloat16& weight, int64_t matrix, int64_t row) {
+        return weight.values + (matrix * weight.rows + row) * weight.columns;
     }
 
     const Call& call_;

@@ -41,7 +41,8 @@ class FloatRows {
   public:
     FloatRows(int64_t rows, int64_t columns)
         : columns_(columns),
-          stride_((columns + kDotColumns - 1) / kDotColumns * kDotColumns),
+          // One step more than needed: rows a power of two apart would meet in the same places of the cache.
+          stride_((columns + kDotColumns - 1) / kDotColumns * kDotColumns + kDotColumns),
           values_(rows * stride_) {}
 
     // Row `row` = row `source` of x.
@@ -61,7 +62,12 @@ class FloatRows {
             values_[row * stride_ + place] = values[i];
         }
     }
-    const float* at(int64_t row) const { return values_.data() + row * stride_; }
+    // out[i][kRowsAtOnce] = up to so many rows of a weight times rows [first, first + count), a tile.
+    void dots(const Call& call, const uint16_t* weight, int64_t weight_rows, int64_t first, int64_t count,
+              float* out) const {
+        call.kernels->dots_bf16(weight, weight_rows, columns_, values_.data() + first * stride_, stride_, count, out,
+                                kRowsAtOnce);
+    }
 
   private:
     int64_t columns_, stride_;
