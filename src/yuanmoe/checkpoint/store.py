@@ -31,7 +31,7 @@ from yuanmoe.checkpoint.official_config import official_fields
 from yuanmoe.checkpoint.packed_weight import packed_formats, packed_weights, read_record
 from yuanmoe.checkpoint.shards import open_weights
 from yuanmoe.config import ModelConfig
-from yuanmoe.errors import CheckpointError, ConfigError
+from yuanmoe.errors import CheckpointError, ConfigError, UsageError
 from yuanmoe.plan.cost import Precision
 
 Format = Literal["native", "official", "gptq", "megatron"]
@@ -132,8 +132,7 @@ def _open_native(path: Path, values: Mapping[str, Any]) -> Source:
     tensors, precision = weights.tensors, None
     if "quantization" in values:
         precision = read_record(path / "config.json", values["quantization"])
-        dtype = parse_dtype(str(values.get("dtype")))
-        tensors = packed_weights(path, packed_formats(config, precision), tensors, dtype)
+        tensors = packed_weights(path, packed_formats(config, precision), tensors, _dtype(path, values))
     check_tensors(path, layout(config).native, tensors)
     return Source(
         path=path,
@@ -145,6 +144,13 @@ def _open_native(path: Path, values: Mapping[str, Any]) -> Source:
         files=weights.files,
         precision=precision,
     )
+
+
+def _dtype(path: Path, values: Mapping[str, Any]) -> torch.dtype:
+    try:
+        return parse_dtype(str(values.get("dtype")))
+    except UsageError as error:
+        raise ConfigError(f"{path / 'config.json'}: {error}") from error
 
 
 def _open_official(
