@@ -236,6 +236,7 @@ def open_model(
     device: torch.device | str | None = None,
     kv_dtype: torch.dtype | str | None = None,
     adapter: str | Path | None = None,
+    ignore_unknown: bool = False,
     **changes: Any,
 ) -> OpenedModel:
     """What `load` takes, without reading weights: all that can be wrong with it is found here.
@@ -247,7 +248,7 @@ def open_model(
     if isinstance(kv_dtype, str):
         kv_dtype = parse_kv_dtype(kv_dtype)
     settings = {"dtype": dtype, "kv_dtype": kv_dtype, "device": usable_device(device)} | changes
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, ignore_unknown=ignore_unknown)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, source.config.vocab_size, source.config.eod_token_id)
     opened = None if adapter is None else open_adapter(adapter)
@@ -262,6 +263,7 @@ def load(
     device: torch.device | str | None = None,
     kv_dtype: torch.dtype | str | None = None,
     adapter: str | Path | None = None,
+    ignore_unknown: bool = False,
     **changes: Any,
 ) -> LanguageModel:
     """Opens a checkpoint of any format, quantized ones included, with its tokenizer.
@@ -269,7 +271,8 @@ def load(
     `dtype` is the checkpoint's own unless one is named (float32 for a quantized one on a CPU); `device` is a GPU where
     there is one. `kv_dtype` is that of cached keys and values: `int8` halves what a long context takes and reads;
     by default `dtype`, or bfloat16 under quantized weights. `adapter` is a directory that `LanguageModel.attach` takes.
-    `changes` are those of `model_of`, such as `rope_theta`.
+    `ignore_unknown` goes on where config keys or tensors are unknown. `changes` are those of `model_of`, such as
+    `rope_theta`.
     Raises UsageError, ConfigError, CheckpointError, ResourceError and TokenizerError.
     """
-    return open_model(path, dtype, device, kv_dtype, adapter, **changes).load()
+    return open_model(path, dtype, device, kv_dtype, adapter, ignore_unknown, **changes).load()

@@ -14,9 +14,10 @@ import yuanmoe
 from small_lm import lm_config, small_lm, write_lm
 from small_models import random_model
 from small_tokenizers import bpe
+from yuanmoe.checkpoint.convert import convert
 from yuanmoe.checkpoint.load import usable_device
 from yuanmoe.data.detokenize import StreamingDetokenizer
-from yuanmoe.errors import CheckpointError, ContextLengthError, TokenizerError, UsageError
+from yuanmoe.errors import CheckpointError, ConfigError, ContextLengthError, TokenizerError, UsageError
 from yuanmoe.lm import LanguageModel
 
 WARM = {"temperature": 1.5, "seed": 7, "max_new_tokens": 24}
@@ -168,6 +169,16 @@ def test_what_cannot_be_loaded_says_why(folder, tmp_path):
         yuanmoe.load(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="unknown dtype 'int3'"):
         yuanmoe.load(folder, dtype="int3")
+
+
+def test_unknown_keys_may_be_ignored(folder, tmp_path):
+    convert(folder, tmp_path / "official", to="official")
+    (tmp_path / "official" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    file = tmp_path / "official" / "config.json"
+    file.write_text(file.read_text().replace("{", '{"surprise": 1, ', 1))
+    with pytest.raises(ConfigError, match=r"official/config\.json: unknown config key 'surprise'.*take it out of"):
+        yuanmoe.load(tmp_path / "official")
+    assert yuanmoe.load(tmp_path / "official", ignore_unknown=True).config.vocab_size == shared_lm().config.vocab_size
 
 
 @pytest.mark.parametrize("name", ["foo", "cuda:99", "meta"])

@@ -85,6 +85,8 @@ def read_native_config(path: Path, values: Mapping[str, Any]) -> tuple[ModelConf
         )
     model, official = values.get("model"), values.get("official", {})
     if not isinstance(model, dict) or not isinstance(official, dict):
-        raise ConfigError(f"{path} needs an object 'model', which describes the model, and an object 'official'")
+        raise ConfigError(
+            "a native config.json needs an object 'model', which describes the model, and an object 'official'"
+        )
     origin = Origin(config=official, head_stored=bool(values.get("official_head", False)))
     return ModelConfig.from_dict(model), origin
