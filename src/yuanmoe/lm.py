@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from yuanmoe.checkpoint.adapter import Adapter, attach_adapter, check_source, open_adapter
-from yuanmoe.checkpoint.load import load_model
+from yuanmoe.checkpoint.load import model_of, usable_device
 from yuanmoe.checkpoint.native_config import parse_dtype, parse_kv_dtype
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.store import Source, open_checkpoint
 from yuanmoe.config import ModelConfig
 from yuanmoe.data.chat import Message, encode_chat
 from yuanmoe.data.detokenize import StopStrings, StreamingDetokenizer
@@ -174,7 +174,7 @@ class LanguageModel:
 
     def text_ids(self, text: str) -> list[int]:
         """The prompt that continues `text`, in which special strings count; an empty one starts a document."""
-        return self.tokenizer.encode(text) or [self.tokenizer.eod_id]
+        return text_ids(self.tokenizer, text)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt that asks for the answer to a conversation; special strings in it are plain text."""
@@ -203,12 +203,67 @@ class LanguageModel:
         return generation, [_Answer(self.tokenizer, prompt_ids, stop) for prompt_ids in ids]
 
 
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The prompt that continues `text`, in which special strings count; an empty one starts a document."""
+    return tokenizer.encode(text) or [tokenizer.eod_id]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedModel:
+    """All of a model but its weights: enough to refuse what cannot be done before they take their time and memory."""
+
+    source: Source
+    tokenizer: Tokenizer
+    adapter: Adapter | None
+    settings: dict[str, Any]
+    """Of `model_of`."""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.source.config
+
+    def load(self) -> LanguageModel:
+        """The model with its weights. Raises CheckpointError and ResourceError."""
+        lm = LanguageModel(model_of(self.source, **self.settings), self.tokenizer, self.source.precision)
+        if self.adapter is not None:
+            lm.attach(self.adapter)
+        return lm
+
+
+def open_model(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    kv_dtype: torch.dtype | str | None = None,
+    adapter: str | Path | None = None,
+    ignore_unknown: bool = False,
+    **changes: Any,
+) -> OpenedModel:
+    """What `load` takes, without reading weights: all that can be wrong with it is found here.
+
+    Raises UsageError, ConfigError, CheckpointError and TokenizerError.
+    """
+    if isinstance(dtype, str):
+        dtype = parse_dtype(dtype)
+    if isinstance(kv_dtype, str):
+        kv_dtype = parse_kv_dtype(kv_dtype)
+    settings = {"dtype": dtype, "kv_dtype": kv_dtype, "device": usable_device(device)} | changes
+    source = open_checkpoint(path, ignore_unknown=ignore_unknown)
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(tokenizer, source.config.vocab_size, source.config.eod_token_id)
+    opened = None if adapter is None else open_adapter(adapter)
+    if opened is not None:
+        check_source(opened, source)
+    return OpenedModel(source=source, tokenizer=tokenizer, adapter=opened, settings=settings)
+
+
 def load(
     path: str | Path,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     kv_dtype: torch.dtype | str | None = None,
     adapter: str | Path | None = None,
+    ignore_unknown: bool = False,
     **changes: Any,
 ) -> LanguageModel:
     """Opens a checkpoint of any format, quantized ones included, with its tokenizer.
@@ -216,24 +271,8 @@ def load(
     `dtype` is the checkpoint's own unless one is named (float32 for a quantized one on a CPU); `device` is a GPU where
     there is one. `kv_dtype` is that of cached keys and values: `int8` halves what a long context takes and reads;
     by default `dtype`, or bfloat16 under quantized weights. `adapter` is a directory that `LanguageModel.attach` takes.
-    `changes` are those of `load_model`, such as `rope_theta`.
-    Raises ConfigError, CheckpointError, ResourceError and TokenizerError.
+    `ignore_unknown` goes on where config keys or tensors are unknown. `changes` are those of `model_of`, such as
+    `rope_theta`.
+    Raises UsageError, ConfigError, CheckpointError, ResourceError and TokenizerError.
     """
-    if isinstance(dtype, str):
-        dtype = parse_dtype(dtype)
-    if isinstance(kv_dtype, str):
-        kv_dtype = parse_kv_dtype(kv_dtype)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Looked at before the weights take their time and memory.
-    source = open_checkpoint(path)
-    tokenizer = load_tokenizer(path)
-    check_tokenizer(tokenizer, source.config.vocab_size, source.config.eod_token_id)
-    opened = None if adapter is None else open_adapter(adapter)
-    if opened is not None:
-        check_source(opened, source)
-    model = load_model(path, dtype=dtype, kv_dtype=kv_dtype, device=device, **changes)
-    lm = LanguageModel(model, tokenizer, source.precision)
-    if opened is not None:
-        lm.attach(opened)
-    return lm
+    return open_model(path, dtype, device, kv_dtype, adapter, ignore_unknown, **changes).load()

@@ -1,4 +1,4 @@
-"""`yuanmoe bench decode` on small models: what it prints, what it counts, and what it refuses before it starts."""
+"""`yuanmoe bench` on small models: what it prints, what it counts, and what it refuses before it starts."""
 
 import json
 from typing import Any
@@ -36,8 +36,8 @@ def _few_bytes(monkeypatch):
 def run(monkeypatch, capsys):
     """Runs the program in this process: exit code, the JSON of its last line if there is one, stderr."""
 
-    def call(*arguments: str) -> tuple[Any, dict[str, Any], str]:
-        monkeypatch.setattr("sys.argv", ["yuanmoe", "bench", "decode", *arguments])
+    def call(*arguments: str, command: str = "decode") -> tuple[Any, dict[str, Any], str]:
+        monkeypatch.setattr("sys.argv", ["yuanmoe", "bench", command, *arguments])
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as exit_info:
             main()
@@ -155,3 +155,24 @@ def test_torch_is_left_out_where_it_does_not_take_the_shapes():
     assert {contender.unit for contender in found} == {"GOP/s"}
     for contender in found:
         contender.call()
+
+
+def test_layers_stand_beside_those_of_transformers(run):
+    pytest.importorskip("transformers")
+    small = ("--preset", "tiny", "--layers", "1", "--prompt-tokens", "8", "--runs", "1", "--threads", "1")
+    code, result, err = run(*small, "--dtype", "float32", command="layers")
+    assert (code, result["dtype"], result["preset"]) == (0, "float32", "tiny")
+    for phase in ("prefill", "decode"):
+        assert result[phase]["yuanmoe"]["median_s"] > 0
+        assert any(name.startswith("mixtral") for name in result[phase])
+        assert phase in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--dtype", "int3"), "unknown dtype 'int3'"), (("--device", "foo"), "there is no device 'foo' for torch")],
+)
+def test_layers_that_cannot_be_made_are_wrong_calls(run, arguments, message):
+    code, _, err = run(*arguments, command="layers")
+    assert code == 2
+    assert message in err

@@ -134,15 +134,32 @@ def test_a_model_larger_than_caches_is_measured_against_the_memory(run, monkeypa
         (["--prompt-file", "/nowhere/y"], 2, "cannot read the prompt from /nowhere/y: "),
         ([], 2, "stdin is empty; to start a document from nothing give '' as the prompt"),
         (["x", "--suffix", "y", "--instruct"], 2, "--suffix and --instruct exclude each other"),
-        (["x", "--stop", ""], 2, "stop string 0 is empty"),
+        (["x", "--stop", ""], 2, "the stop string is empty"),
+        (["x", "--stop", "a", "--stop", ""], 2, "stop string 1 is empty"),
+        (["x", "--max-new-tokens", "0"], 2, "max_new_tokens is 0; it must be at least 1"),
+        (["x" * 1000], 1, "exceeds the model's context of 128 (max_position_embeddings); shorten it by"),
+        (["x", "--suffix", "y" * 1000], 1, "exceeds the model's context of 128 (max_position_embeddings); shorten it"),
         (["x", "--max-new-tokens", "500"], 1, "exceeds the model's context of 128 (max_position_embeddings); ask for"),
         (["x", "--expert-layer", "9"], 2, "--expert-layer 9 has no experts; the layers that have are 0, 1"),
-        (["x", "--dtype", "int3"], 1, "unknown dtype 'int3'"),
+        (["x", "--dtype", "int3"], 2, "unknown dtype 'int3'"),
+        (["x", "--device", "foo"], 2, "there is no device 'foo'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(run, arguments, code, message):
+def test_what_makes_no_sense_is_refused_before_weights_are_read(run, monkeypatch, arguments, code, message):
+    monkeypatch.setattr("yuanmoe.lm.model_of", None)
     assert run("generate", *arguments)[0] == code
     assert message in run("generate", *arguments)[2]
+
+
+@pytest.mark.parametrize(("option", "value", "message"), [
+    ("--top-p", 0, "top_p is 0.0; it must be above 0"), ("--max-new-tokens", 0, "max_new_tokens is 0"),
+    ("--stop", "", "the stop string is empty"), ("--device", "foo", "there is no device 'foo'"),
+])  # fmt: skip
+def test_a_talk_that_cannot_go_well_does_not_begin(run, monkeypatch, option, value, message):
+    monkeypatch.setattr("yuanmoe.lm.model_of", None)
+    code, out, err = run("chat", option, value)
+    assert (code, out) == (2, "")
+    assert message in err
 
 
 def test_a_prompt_must_come_from_somewhere_and_be_text(run, monkeypatch):

@@ -177,7 +177,7 @@ def test_generate_and_the_library_run_it(src, quantized, run, kv_dtype):
 
 def test_an_unknown_kv_dtype_is_refused(quantized, run):
     code, out, err = run("generate", "--model", quantized, "def", "--kv-dtype", "int4")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "unknown dtype 'int4'; known: float64, float32, float16, bfloat16, int8, fp64" in err
 
 

@@ -339,4 +339,5 @@ def test_commands_print_one_line_of_json(tmp_path, src):
     assert "is left as it is" in run.stderr
     assert run.stdout == ""
     run = CliRunner().invoke(app, ["convert", str(src), str(tmp_path / "d"), "--dtype", "int3"])
+    assert run.exit_code == 2
     assert "unknown dtype 'int3'; known: float64, float32, float16, bfloat16" in run.stderr

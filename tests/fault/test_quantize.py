@@ -327,6 +327,13 @@ def test_a_record_that_is_not_of_these_files_is_an_error(tmp_path, src, change, 
         load_model(tmp_path / "dst")
 
 
+def test_a_dtype_that_is_none_is_an_error_of_the_file(tmp_path, src):
+    quantize(src, tmp_path / "dst", bits=4)
+    edit(tmp_path / "dst", lambda config: config.update(dtype="int3"))
+    with pytest.raises(ConfigError, match=r"dst/config\.json: unknown dtype 'int3'; known: float64"):
+        load_model(tmp_path / "dst")
+
+
 def test_a_source_that_cannot_be_quantized_is_refused(tmp_path, src):
     index = src / "pytorch_model.bin.index.json"
     places = json.loads(index.read_text())

@@ -313,7 +313,8 @@ def test_hostile_bodies_get_an_error_with_words(server: Running, name: str) -> N
             },
             "the arguments of tool call 'c' are no JSON",
         ),
-        ({"stop": [""]}, "stop string 0 is empty"),
+        ({"stop": [""]}, "the stop string is empty"),
+        ({"stop": ["a", ""]}, "stop string 1 is empty"),
         ({"audio": {}}, "unknown field 'audio'; leave it out"),
     ],
 )

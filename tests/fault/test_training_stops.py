@@ -257,6 +257,7 @@ def test_tokens_that_name_no_tokenizer_need_one(data, tmp_path):
         (["train", "nano", "--set", "data.batchsize=1"], "did you mean data.batch_size?"),
         (["train", "nano", "--init", "nowhere"], "nowhere does not exist"),
         (["train", "nano", "--data", "nowhere"], "nowhere is no dataset"),
+        (["train", "nano", "--data", "nowhere", "--device", "foo"], "there is no device 'foo' for torch"),
         (["train", "nano", "--data", "3=a", "--data", "b"], "b has no weight, others have; write --data WEIGHT=PATH"),
         (["train", "nano", "--data", "x=a"], "'x' is no weight for a; write --data WEIGHT=PATH, such as 25.2=a"),
     ],

@@ -167,13 +167,21 @@ def test_json_alone(run, text, folder):
     assert said == ""
 
 
-def test_another_layer_may_be_listed(run, text, tmp_path):
+def test_another_layer_may_be_listed(run, text, tmp_path, monkeypatch):
     write_lm(tmp_path / "model", num_hidden_layers=3, num_experts=(8, 0, 4))
     arguments = ("--model", tmp_path / "model", "--text", text, "--tokens", 60)
     assert "Experts of layer 0" in run(*arguments, "--layer", 0)[2]
+    monkeypatch.setattr("yuanmoe.lm.model_of", None)
     code, _, said = run(*arguments, "--layer", 1)
     assert code == 2
     assert "--layer 1 has no experts; layers that have: 0, 2" in said
+
+
+def test_a_device_that_is_not_here_is_a_wrong_call(run, text, folder, monkeypatch):
+    monkeypatch.setattr("yuanmoe.lm.model_of", None)
+    code, _, said = run("--model", folder, "--text", text, "--device", "foo")
+    assert code == 2
+    assert "error: there is no device 'foo' for torch " in said
 
 
 def test_a_dense_model_has_a_likelihood_only(run, text, tmp_path):

@@ -86,7 +86,8 @@ def test_codes_of_gptq_files_are_kept_bit_for_bit(tmp_path, bits):
     official = official_state(CONFIG, weights(CONFIG))
     write_gptq(tmp_path / "src", official_json(CONFIG), official, bits, (0.3, 0.7), group=32, symmetric=True)
     roles = {"lfa": 16, "embedding": 16}
-    done = quantize(tmp_path / "src", tmp_path / "dst", bits=bits, roles=roles)
+    done = quantize(tmp_path / "src", tmp_path / "dst", roles=roles)
+    assert done.report["roles"]["experts"]["bits"] == bits
     source, found = open_checkpoint(tmp_path / "src"), open_checkpoint(tmp_path / "dst")
     assert done.report["group_size"] == 32
     for name, tensor in found.tensors.items():

@@ -142,13 +142,13 @@ def test_timing_counts_every_token():
 @pytest.mark.parametrize(
     ("prompts", "params", "error", "message"),
     [
-        ([[3] * 15], {"max_new_tokens": 10}, ContextLengthError, "prompt 0 has 15 tokens; with 10 new ones it exceeds "
-         r"the model's context of 20 \(max_position_embeddings\); shorten it by 5 tokens, or ask for at most 5"),
+        ([[3] * 15], {"max_new_tokens": 10}, ContextLengthError, "the prompt has 15 tokens; with 10 new ones it exceed"
+         r"s the model's context of 20 \(max_position_embeddings\); shorten it by 5 tokens, or ask for at most 5"),
         ([[3], [3] * 20], {"max_new_tokens": 1}, ContextLengthError, "prompt 1 has 20 tokens.*shorten it by 1 tokens$"),
-        ([[3] * 25], {}, ContextLengthError, "prompt 0 has 25 tokens; with 1 new ones.*shorten it by 6 tokens$"),
+        ([[3] * 25], {}, ContextLengthError, "the prompt has 25 tokens; with 1 new ones.*shorten it by 6 tokens$"),
         ([[3], []], {}, UsageError, "prompt 1 is empty; the model needs a token to start from, such as <eod>"),
-        ([[3, VOCABULARY]], {}, UsageError, "prompt 0 holds the token id 32; ids are 0..31"),
-        ([[-1]], {}, UsageError, "prompt 0 holds the token id -1"),
+        ([[3, VOCABULARY]], {}, UsageError, "the prompt holds the token id 32; ids are 0..31"),
+        ([[-1]], {}, UsageError, "the prompt holds the token id -1"),
         ([], {}, UsageError, "0 prompts"),
     ],
 )  # fmt: skip

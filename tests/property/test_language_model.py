@@ -14,6 +14,8 @@ import yuanmoe
 from small_lm import lm_config, small_lm, write_lm
 from small_models import random_model
 from small_tokenizers import bpe
+from yuanmoe.checkpoint.convert import convert
+from yuanmoe.checkpoint.load import usable_device
 from yuanmoe.data.detokenize import StreamingDetokenizer
 from yuanmoe.errors import CheckpointError, ConfigError, ContextLengthError, TokenizerError, UsageError
 from yuanmoe.lm import LanguageModel
@@ -165,8 +167,33 @@ def test_a_loaded_model_answers_as_the_one_that_was_saved(lm, folder):
 def test_what_cannot_be_loaded_says_why(folder, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         yuanmoe.load(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="unknown dtype 'int3'"):
+    with pytest.raises(UsageError, match="unknown dtype 'int3'"):
         yuanmoe.load(folder, dtype="int3")
+
+
+def test_unknown_keys_may_be_ignored(folder, tmp_path):
+    convert(folder, tmp_path / "official", to="official")
+    (tmp_path / "official" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    file = tmp_path / "official" / "config.json"
+    file.write_text(file.read_text().replace("{", '{"surprise": 1, ', 1))
+    with pytest.raises(ConfigError, match=r"official/config\.json: unknown config key 'surprise'.*take it out of"):
+        yuanmoe.load(tmp_path / "official")
+    assert yuanmoe.load(tmp_path / "official", ignore_unknown=True).config.vocab_size == shared_lm().config.vocab_size
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_opened(tmp_path, name):
+    with pytest.raises(UsageError, match=rf"there is no device '{name}' for torch [\d.]+.* known: cpu"):
+        yuanmoe.load(tmp_path / "nowhere", device=name)
+
+
+def test_without_a_gpu_cuda_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(
+        UsageError, match=r"there is no device 'cuda'.*(built for the CPU alone|sees no GPU).*known: cpu$"
+    ):
+        yuanmoe.load(tmp_path / "nowhere", device="cuda")
+    assert usable_device() == torch.device("cpu")
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_weights_are_read(tmp_path, monkeypatch):
@@ -174,7 +201,7 @@ def test_a_tokenizer_of_another_model_is_refused_before_weights_are_read(tmp_pat
     (tmp_path / "config.json").write_text(
         (tmp_path / "config.json").read_text().replace('"eod_token_id": 0', '"eod_token_id": 7')
     )
-    monkeypatch.setattr("yuanmoe.lm.load_model", None)
+    monkeypatch.setattr("yuanmoe.lm.model_of", None)
     with pytest.raises(TokenizerError, match="the tokenizer's <eod> is 0, the model's is 7"):
         yuanmoe.load(tmp_path)
     with pytest.raises(TokenizerError, match="the model's vocabulary ends at"):

@@ -43,14 +43,26 @@ def load_model(
     ignore_unknown: bool = False,
     **changes: Any,
 ) -> YuanForCausalLM:
-    """The model of a checkpoint of any format, ready for inference.
+    """The model of a checkpoint of any format, ready for inference: `open_checkpoint`, then `model_of`."""
+    source = open_checkpoint(path, ignore_unknown=ignore_unknown)
+    return model_of(source, dtype=dtype, kv_dtype=kv_dtype, device=device, **changes)
+
+
+def model_of(
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    **changes: Any,
+) -> YuanForCausalLM:
+    """The model of an open checkpoint, ready for inference.
 
     `dtype` is the one that most weights are stored in unless one is named; that of the activations in a quantized
     model, whose default on a CPU is float32 (`docs/numerics.md`). `kv_dtype` is that of cached keys and values.
     `changes` are fields of ModelConfig that change what is computed, not the weights: `rope_theta`, `rope_angles`,
-    `packing`. Raises what `open_checkpoint` and `load_state` raise, and UsageError for other changes.
+    `packing`. Raises what `load_state` raises, and UsageError for other changes.
     """
-    source = open_checkpoint(path, ignore_unknown=ignore_unknown)
     config = source.config.replace(**changes)
     if layout(config) != layout(source.config):
         raise UsageError(f"{', '.join(changes)} cannot be changed while loading: the weights would not fit")
@@ -153,6 +165,28 @@ def _check_memory(source: Source, tensors: Mapping[str, LazyTensor], device: tor
         f"{source.path} in {dtypes} needs {format_size(needed)} of {'RAM' if on_cpu else device}, "
         f"{format_size(free)} are free. Ways out: {'; '.join(ways)}"
     )
+
+
+def usable_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of that name; by default a GPU where there is one. Raises UsageError for one that is not here."""
+    gpus = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    known = ["cpu", *(f"cuda:{index}" for index in range(gpus))]
+    if gpus:
+        known.append("cuda")
+    if str(name) not in known:
+        why = "" if gpus or not str(name).startswith("cuda") else ": " + _no_gpu()
+        raise UsageError(
+            f"there is no device {str(name)!r} for torch {torch.__version__} here{why}; known: {', '.join(known)}"
+        )
+    return torch.device(name)
+
+
+def _no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch was built for the CPU alone, install one with CUDA"
+    return "it sees no GPU, `yuanmoe doctor` says more"
 
 
 def _free_memory(device: torch.device) -> int | None:

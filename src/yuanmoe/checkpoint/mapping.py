@@ -197,5 +197,5 @@ def check_tensors(
     if extra:
         raise CheckpointError(
             f"{place}: tensor {extra[0]!r} is not part of the model that config.json describes ({len(extra)} in all); "
-            "if it can be left out, go on without it: ignore_unknown=True (--ignore-unknown)"
+            "if it can be left out, go on without it: ignore_unknown=True, or yuanmoe convert --ignore-unknown"
         )

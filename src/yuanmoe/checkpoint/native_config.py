@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.errors import CheckpointError, ConfigError
+from yuanmoe.errors import CheckpointError, ConfigError, UsageError
 
 FORMAT = "yuanmoe"
 ADAPTER_FORMAT = "yuanmoe-adapter"
@@ -43,7 +43,7 @@ class Origin:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """`bfloat16`, `bf16` and so on. Raises ConfigError for anything but a weight's dtype."""
+    """`bfloat16`, `bf16` and so on. Raises UsageError for anything but a weight's dtype."""
     return _parse(name, _DTYPES)
 
 
@@ -55,7 +55,7 @@ def parse_kv_dtype(name: str) -> torch.dtype:
 def _parse(name: str, known: Mapping[str, torch.dtype]) -> torch.dtype:
     key = _SHORT.get(name, name)
     if key not in known:
-        raise ConfigError(f"unknown dtype {name!r}; known: {', '.join((*known, *_SHORT))}")
+        raise UsageError(f"unknown dtype {name!r}; known: {', '.join((*known, *_SHORT))}")
     return known[key]
 
 
@@ -85,6 +85,8 @@ def read_native_config(path: Path, values: Mapping[str, Any]) -> tuple[ModelConf
         )
     model, official = values.get("model"), values.get("official", {})
     if not isinstance(model, dict) or not isinstance(official, dict):
-        raise ConfigError(f"{path} needs an object 'model', which describes the model, and an object 'official'")
+        raise ConfigError(
+            "a native config.json needs an object 'model', which describes the model, and an object 'official'"
+        )
     origin = Origin(config=official, head_stored=bool(values.get("official_head", False)))
     return ModelConfig.from_dict(model), origin

@@ -96,8 +96,8 @@ def _check_known(values: Mapping[str, Any], known: tuple[str, ...]) -> None:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise ConfigError(
-                f"unknown config key {key!r}; {hint}If it does not change what the model computes, "
-                "go on without it: ignore_unknown=True (--ignore-unknown)"
+                f"unknown config key {key!r}; {hint}If it does not change what the model computes, take it out of the "
+                "file, or go on without it: ignore_unknown=True, or yuanmoe convert --ignore-unknown"
             )
 
 

@@ -81,7 +81,7 @@ def quantize(
     src: Path | str,
     dst: Path | str,
     *,
-    bits: int,
+    bits: int | None = None,
     group_size: int | None = None,
     roles: Mapping[str, int] | None = None,
     method: Method = "mse",
@@ -106,7 +106,7 @@ def quantize(
 def prepare(
     src: Path | str,
     *,
-    bits: int,
+    bits: int | None = None,
     group_size: int | None = None,
     roles: Mapping[str, int] | None = None,
     method: Method = "mse",
@@ -115,15 +115,16 @@ def prepare(
 ) -> Job:
     """Open a checkpoint of any format and settle the format of each weight.
 
-    `group_size` is 64, or that of a GPTQ source, unless given; `roles` have other bits than the default policy;
-    `calibration` are the tokens of a text for `gptq`. Raises UsageError for what does not go together, and what
-    `open_checkpoint` raises.
+    `bits` are 4 and `group_size` is 64, or those of a GPTQ source, unless given; `roles` have other bits than the
+    default policy; `calibration` are the tokens of a text for `gptq`. Raises UsageError for what does not go together,
+    and what `open_checkpoint` raises.
     """
     _check_method(method, calibration)
     source = open_checkpoint(src, ignore_unknown=ignore_unknown)
     if source.precision is not None:
         raise UsageError(f"{src} is quantized already; quantize the checkpoint that it was made from")
-    precision = policy(source.config, bits, group_size=group_size or _group_size(source), roles=roles)
+    group_size = group_size or _group_size(source)
+    precision = policy(source.config, _bits(source) if bits is None else bits, group_size=group_size, roles=roles)
     formats = packed_formats(source.config, precision)
     if not formats:
         raise UsageError("every role stays as it is, so nothing would be quantized; yuanmoe convert does the rest")
@@ -173,6 +174,12 @@ def _check_method(method: Method, calibration: Sequence[int]) -> None:
         )
     if method != "gptq" and calibration:
         raise UsageError(f"{method} uses no calibration text; leave it out, or take --method gptq")
+
+
+def _bits(source: Source) -> int:
+    """Those of a GPTQ source, so that its codes can be kept; else 4."""
+    bits = (tensor.bits for tensor in source.stored.values() if isinstance(tensor, gptq.PackedTensor))
+    return next(bits, 4)
 
 
 def _group_size(source: Source) -> int:

@@ -13,7 +13,8 @@ Not here: reading into memory (`load.py`), writing (`save.py`).
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from yuanmoe.checkpoint.official_config import official_fields
 from yuanmoe.checkpoint.packed_weight import packed_formats, packed_weights, read_record
 from yuanmoe.checkpoint.shards import open_weights
 from yuanmoe.config import ModelConfig
-from yuanmoe.errors import CheckpointError, ConfigError
+from yuanmoe.errors import CheckpointError, ConfigError, UsageError
 from yuanmoe.plan.cost import Precision
 
 Format = Literal["native", "official", "gptq", "megatron"]
@@ -82,6 +83,21 @@ def open_checkpoint(path: Path | str, *, ignore_unknown: bool = False) -> Source
     if not path.is_dir():
         fault = "is a file; give its directory" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {fault}")
+    with _named(path):
+        return _open(path, ignore_unknown)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is wrong with a configuration is said with its file; Megatron shards carry theirs themselves."""
+    try:
+        yield
+    except ConfigError as error:
+        file = path / "config.json"
+        raise ConfigError(f"{file if file.exists() else path}: {error}") from error
+
+
+def _open(path: Path, ignore_unknown: bool) -> Source:
     config_file = path / "config.json"
     values = read_json(config_file) if config_file.is_file() else {}
     if values.get("format") == FORMAT:
@@ -114,10 +130,11 @@ def read_config(path: Path) -> tuple[ModelConfig, Precision | None]:
     if not file.is_file():
         return open_checkpoint(path).config, None
     values = read_json(file)
-    if values.get("format") != FORMAT:
-        return ModelConfig.from_dict(official_fields(values, ignore_unknown=True)), None
-    precision = read_record(file, values["quantization"]) if "quantization" in values else None
-    return read_native_config(file, values)[0], precision
+    with _named(path):
+        if values.get("format") != FORMAT:
+            return ModelConfig.from_dict(official_fields(values, ignore_unknown=True)), None
+        precision = read_record(file, values["quantization"]) if "quantization" in values else None
+        return read_native_config(file, values)[0], precision
 
 
 def _quantize_config(path: Path) -> dict[str, Any]:
@@ -127,13 +144,12 @@ def _quantize_config(path: Path) -> dict[str, Any]:
 
 def _open_native(path: Path, values: Mapping[str, Any]) -> Source:
     weights = open_weights(path)
-    _check_counts(path, values.get("model"), weights.tensors)
+    _check_counts(values.get("model"), weights.tensors)
     config, origin = read_native_config(path / "config.json", values)
     tensors, precision = weights.tensors, None
     if "quantization" in values:
         precision = read_record(path / "config.json", values["quantization"])
-        dtype = parse_dtype(str(values.get("dtype")))
-        tensors = packed_weights(path, packed_formats(config, precision), tensors, dtype)
+        tensors = packed_weights(path, packed_formats(config, precision), tensors, _dtype(values))
     check_tensors(path, layout(config).native, tensors)
     return Source(
         path=path,
@@ -147,6 +163,13 @@ def _open_native(path: Path, values: Mapping[str, Any]) -> Source:
     )
 
 
+def _dtype(values: Mapping[str, Any]) -> torch.dtype:
+    try:
+        return parse_dtype(str(values.get("dtype")))
+    except UsageError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _open_official(
     path: Path,
     format: Format,
@@ -157,7 +180,7 @@ def _open_official(
 ) -> Source:
     # Rotary frequencies, in old 2B files, follow from the configuration.
     stored = {name: tensor for name, tensor in weights.tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
-    _check_counts(path, fields, stored)
+    _check_counts(fields, stored)
     # Whatever config.json says of tying: a head that is absent, or equal to the embedding, is the embedding (spec 1.1).
     head_equal = {EMBEDDING, HEAD} <= stored.keys() and _equal(stored[HEAD], stored[EMBEDDING], weights.files)
     tied = head_equal or HEAD not in stored
@@ -176,7 +199,7 @@ def _open_official(
     )
 
 
-def _check_counts(path: Path, fields: Any, stored: Mapping[str, LazyTensor]) -> None:
+def _check_counts(fields: Any, stored: Mapping[str, LazyTensor]) -> None:
     """Refuse more layers, heads or experts than these files can hold, before a table of that size is made."""
     longest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
     bounds = {"num_hidden_layers": len(stored), "num_attention_heads": longest, "num_experts": longest}
@@ -184,7 +207,7 @@ def _check_counts(path: Path, fields: Any, stored: Mapping[str, LazyTensor]) -> 
         value = fields.get(name, 0) if isinstance(fields, Mapping) else 0
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
         if max(numbers, default=0) > bound:
-            raise ConfigError(f"{path / 'config.json'} has {name} {value}; the weights beside it allow {bound} at most")
+            raise ConfigError(f"{name} is {value}; the weights beside it allow {bound} at most")
 
 
 def _equal(a: LazyTensor, b: LazyTensor, files: Sequence[MappedBytes]) -> bool:

@@ -47,10 +47,13 @@ def layers(
     """
     import torch
 
+    from yuanmoe.checkpoint.load import usable_device
+    from yuanmoe.checkpoint.native_config import parse_dtype
     from yuanmoe.config import preset as named
     from yuanmoe.plan.machine import measure_bandwidth
     from yuanmoe.studies.layers import compare_layers
 
+    device = str(usable_device(device))
     torch.set_num_threads(threads or os.cpu_count() or 1)
     console = people()
     with console.status("building layers") as status:
@@ -59,7 +62,7 @@ def layers(
             num_hidden_layers=layers,
             prompt_tokens=prompt_tokens,
             runs=runs,
-            dtype=getattr(torch, dtype),
+            dtype=parse_dtype(dtype),
             device=device,
             peer=peer,
             on_run=lambda name, seconds: status.update(f"{name}: {seconds * 1e3:.1f} ms"),

@@ -19,7 +19,8 @@ from yuanmoe.cli.output import people, print_result
 from yuanmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from yuanmoe.lm import Completion, LanguageModel, Stream
+    from yuanmoe.data.tokenizer import Tokenizer
+    from yuanmoe.lm import Completion, LanguageModel, OpenedModel, Stream
 
 NEW_TOKENS = 256
 """Where nothing else is asked for."""
@@ -92,13 +93,16 @@ def generate(
     }
     if temperature == 0:
         _check_greedy(sampling)
+    if suffix is not None and instruct:
+        raise UsageError("--suffix and --instruct exclude each other: a question has no text after its answer")
     text = _read_prompt(prompt, prompt_file)
-    lm = _load(model, adapter, dtype, kv_dtype, device, threads)
-    ids = _prompt_ids(lm, text, suffix, instruct)
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(NEW_TOKENS, lm.config.max_position_embeddings - len(ids)))
+    _check_answer(sampling | {"max_new_tokens": max_new_tokens}, stop)
+    opened = _open(model, adapter, dtype, kv_dtype, device, threads)
     show_experts = show_experts or expert_layer is not None
-    place = chosen_layer(lm.config, expert_layer) if show_experts else None
+    place = chosen_layer(opened.config, expert_layer) if show_experts else None
+    ids = _prompt_ids(opened.tokenizer, text, suffix, instruct)
+    max_new_tokens = _new_tokens(opened, ids, max_new_tokens)
+    lm = _load(opened)
     stream = lm.stream(ids, stop=stop or (), routing=show_experts, max_new_tokens=max_new_tokens, **sampling)
     whole = speak(stream, _writer(stream, place, json_only))
     if json_only:
@@ -136,7 +140,8 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    lm = _load(model, adapter, dtype, kv_dtype, device, threads)
+    _check_answer(sampling, stop)
+    lm = _load(_open(model, adapter, dtype, kv_dtype, device, threads))
     conversation = Conversation(lm, system=system, stop=stop or (), sampling=sampling)
     conversation.run()
     if conversation.failed:
@@ -150,6 +155,15 @@ def _check_greedy(sampling: dict[str, Any]) -> None:
         if sampling[name] != default:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} changes nothing at temperature 0; add one, such as --temperature 0.6")
+
+
+def _check_answer(sampling: dict[str, Any], stop: list[str] | None) -> None:
+    """Raise UsageError for settings that no model can follow, before one is loaded."""
+    from yuanmoe.data.detokenize import StopStrings
+    from yuanmoe.engine.sampling import SamplingParams
+
+    SamplingParams(**sampling)
+    StopStrings(stop or ())
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -171,30 +185,46 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     return text.removesuffix("\n")
 
 
-def _load(
+def _open(
     model: Path,
     adapter: Path | None,
     dtype: str | None,
     kv_dtype: str | None,
     device: str | None,
     threads: int | None,
-) -> "LanguageModel":
-    with people().status(f"loading {model}"):
+) -> "OpenedModel":
+    with people().status(f"opening {model}"):
         import torch
 
-        from yuanmoe.lm import load
+        from yuanmoe.lm import open_model
 
         if threads is not None:
             torch.set_num_threads(threads)
-        return load(model, dtype, device, kv_dtype, adapter=adapter)
+        return open_model(model, dtype, device, kv_dtype, adapter=adapter)
 
 
-def _prompt_ids(lm: "LanguageModel", text: str, suffix: str | None, instruct: bool) -> list[int]:
-    if suffix is not None and instruct:
-        raise UsageError("--suffix and --instruct exclude each other: a question has no text after its answer")
+def _load(opened: "OpenedModel") -> "LanguageModel":
+    with people().status(f"loading {opened.source.path}"):
+        return opened.load()
+
+
+def _prompt_ids(tokenizer: "Tokenizer", text: str, suffix: str | None, instruct: bool) -> list[int]:
+    from yuanmoe.data.chat import encode_chat
+    from yuanmoe.lm import text_ids
+
     if suffix is not None:
-        return lm.fill_ids(text, suffix)
-    return lm.chat_ids([{"role": "user", "content": text}]) if instruct else lm.text_ids(text)
+        return tokenizer.fim(text, suffix)
+    return encode_chat(tokenizer, [{"role": "user", "content": text}]) if instruct else text_ids(tokenizer, text)
+
+
+def _new_tokens(opened: "OpenedModel", ids: list[int], asked: int | None) -> int:
+    """How many tokens to write at most. Raises UsageError and ContextLengthError for more than the context holds."""
+    from yuanmoe.engine.requests import max_length
+
+    context = opened.config.max_position_embeddings
+    new_tokens = max(1, min(NEW_TOKENS, context - len(ids))) if asked is None else asked
+    max_length(ids, new_tokens, opened.tokenizer.vocab_size, context)
+    return new_tokens
 
 
 def _writer(stream: "Stream", place: int | None, json_only: bool) -> Callable[[str], None]:

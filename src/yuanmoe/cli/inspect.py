@@ -17,6 +17,7 @@ from yuanmoe.cli.inspect_view import show_rope, show_routing
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.progress import tokens_progress
 from yuanmoe.cli.text_file import read_text
+from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ def inspect(
         raise UsageError("--rope has nothing to do with experts: give it without --html and --layer")
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"--html {html}: there is no folder {html.absolute().parent}; create it first")
-    ids, lm = _load(model, text, dtype, kv_dtype, device, threads)
-    _check_layer(lm, layer)
+    ids, lm = _load(model, text, layer, dtype, kv_dtype, device, threads)
     context = context or lm.config.max_position_embeddings
     read = ids[: tokens + 1]
     report = {
@@ -77,27 +77,33 @@ def inspect(
 
 
 def _load(
-    model: Path, text: Path, dtype: str | None, kv_dtype: str | None, device: str | None, threads: int | None
+    model: Path,
+    text: Path,
+    layer: int | None,
+    dtype: str | None,
+    kv_dtype: str | None,
+    device: str | None,
+    threads: int | None,
 ) -> tuple[list[int], "LanguageModel"]:
-    """The text as a document, `<eod>` before it, and the model. The text comes first: it costs nothing to refuse."""
+    """The text as a document, `<eod>` before it, and the model. Weights come last: the rest costs nothing to refuse."""
     content = read_text(text)
     with people().status(f"loading {escape(str(model))}"):
         import torch
 
-        from yuanmoe.data.tokenizer import load_tokenizer
-        from yuanmoe.lm import load
+        from yuanmoe.lm import open_model
 
-        tokenizer = load_tokenizer(model)
-        ids = [tokenizer.eod_id, *tokenizer.encode(content)]
+        opened = open_model(model, dtype, device, kv_dtype)
+        _check_layer(opened.config, layer)
+        ids = [opened.tokenizer.eod_id, *opened.tokenizer.encode(content)]
         if len(ids) < 3:
             raise UsageError(f"{text} has {len(ids) - 1} tokens; at least 2 are needed, and some hundreds tell more")
         if threads is not None:
             torch.set_num_threads(threads)
-        return ids, load(model, dtype, device, kv_dtype)
+        return ids, opened.load()
 
 
-def _check_layer(lm: "LanguageModel", layer: int | None) -> None:
-    layers = [index for index, experts in enumerate(lm.config.experts_per_layer) if experts]
+def _check_layer(config: ModelConfig, layer: int | None) -> None:
+    layers = [index for index, experts in enumerate(config.experts_per_layer) if experts]
     if layer is not None and layer not in layers:
         known = ", ".join(map(str, layers)) or "none"
         raise UsageError(f"--layer {layer} has no experts; layers that have: {known}")

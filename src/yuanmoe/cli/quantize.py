@@ -30,7 +30,9 @@ EVAL_TOKENS = 8192
 def quantize(
     src: Annotated[Path, typer.Argument(help="A checkpoint directory of any format.")],
     dst: Annotated[Path, typer.Argument(help="The directory to write.")],
-    bits: Annotated[int, typer.Option(help="4 or 8, of experts and projections.")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(help="4 or 8, of experts and projections. [default: 4, or as in GPTQ files]")
+    ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale: 32, 64 or 128. [default: 64, or as in GPTQ files]")
     ] = None,

@@ -146,6 +146,7 @@ def _train(
     # Torch takes seconds to import; a wrong call has been refused by now.
     import torch
 
+    from yuanmoe.checkpoint.load import usable_device
     from yuanmoe.checkpoint.native_config import Origin
     from yuanmoe.cli.lora import print_adapted
     from yuanmoe.cli.training import Job, run_training
@@ -155,19 +156,19 @@ def _train(
     from yuanmoe.train.start import loaded_model, new_model
 
     torch.set_num_threads(threads)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = usable_device(device)
     opened = open_data(texts.data, recipe, heldout=texts.heldout, tokenizer=texts.tokenizer)
     checkpoint = _checkpoint(place, recipe, opened.identity, console)
-    _check_memory(recipe, weights, device)
+    _check_memory(recipe, weights, where.type)
     origin, base = Origin(), None
     with console.status("making the model"):
         source = weights if recipe.lora else _open(checkpoint) or weights
         if source is None:
-            model = new_model(recipe, device)
+            model = new_model(recipe, where)
         elif recipe.lora:
-            model, base = adapted_model(recipe, source, device, checkpoint)
+            model, base = adapted_model(recipe, source, where, checkpoint)
         else:
-            model, origin = loaded_model(recipe, source, device), source.origin
+            model, origin = loaded_model(recipe, source, where), source.origin
     if recipe.lora:
         print_adapted(console, recipe.model, recipe.lora)
     job = Job(

@@ -43,7 +43,8 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         if "" in stops:
-            raise UsageError(f"stop string {list(stops).index('')} is empty, which would stop every answer at once")
+            which = f"stop string {list(stops).index('')}" if len(stops) > 1 else "the stop string"
+            raise UsageError(f"{which} is empty, which would stop every answer at once")
         self._automata = [_Automaton(stop) for stop in stops]
         self._held = ""
         self.matched: str | None = None

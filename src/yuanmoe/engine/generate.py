@@ -82,7 +82,7 @@ class Generation:
         vocab_size = vocab_size or model.config.vocab_size
         context = model.config.max_position_embeddings
         longest = max(
-            max_length(prompt, each.max_new_tokens, vocab_size, context, f"prompt {index}")
+            max_length(prompt, each.max_new_tokens, vocab_size, context, _name(index, len(prompts)))
             for index, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         )
         self._engine = Engine(
@@ -154,6 +154,10 @@ class Generation:
             timing.decode_tokens += len(outputs)
             timing.decode_s += seconds
         return outputs
+
+
+def _name(index: int, count: int) -> str:
+    return f"prompt {index}" if count > 1 else "the prompt"
 
 
 def _token(output: Output) -> Token:

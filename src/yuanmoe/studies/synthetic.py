@@ -30,8 +30,9 @@ def synthetic_model(config: ModelConfig, precision: Precision) -> QuantizedYuan:
     for name, form in formats.items():
         packed = random_packed(form, config.initializer_range)
         state |= {f"{name}.codes": packed.codes, f"{name}.scales": packed.scales}
-    for name in shapes.keys() - state.keys():
-        state[name] = _random_whole(name, shapes[name], config.initializer_range)
+    for name, shape in shapes.items():
+        if name not in state:
+            state[name] = _random_whole(name, shape, config.initializer_range)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
