@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from small_models import random_model
 from yuanmoe.ops.cross_entropy import head_cross_entropy
+from yuanmoe.train.balance import RouterBiases
 from yuanmoe.train.clip import clip_gradients
 from yuanmoe.train.expert_parallel import is_expert, shard_experts
 from yuanmoe.train.optim import Optimizer
@@ -141,6 +142,7 @@ def pipeline_run(config, layers, windows, steps, balance, dtype):
         steps,
         lambda: learn_in_pipeline(model, stages, windows, 1, balance),
         lambda optimizer: clip_in_pipeline(stages, optimizer),
+        stages.own_load,
     )
 
 
@@ -155,14 +157,17 @@ def clip_in_pipeline(stages, optimizer):
     return clip_gradients(optimizer.masters, 1.0, stages)
 
 
-def run_of(model, steps, learned, clipped):
+def run_of(model, steps, learned, clipped, own_load=list):
     # A lower rate than above: deeper models come to where rounding decides between two experts.
     optimizer, losses, norms = Optimizer(model, dataclasses.replace(ADAMW, learning_rate=3e-3)), [], []
+    biases = RouterBiases(model, rate=1e-3 if model.config.router_bias else 0.0)
     for _ in range(steps):
-        losses.append(learned().loss.item())
+        found = learned()
+        losses.append(found.loss.item())
         norms.append(clipped(optimizer).item())
         optimizer.step(share=1.0)
         optimizer.zero_grad()
+        biases.update(own_load(found.load))
     return losses, norms, {name: master.detach() for name, master in optimizer.masters.items()}
 
 

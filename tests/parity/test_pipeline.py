@@ -64,7 +64,7 @@ def test_stages_learn_what_one_process_does(case):
 
 @pytest.mark.parametrize(("tied", "layers"), [(True, (1, 3)), (True, (2, 1, 1)), (False, (1, 2, 1))])
 def test_twenty_steps_are_those_of_one_process(tied, layers):
-    config, seen = four_layers(tie_word_embeddings=tied), windows(4)
+    config, seen = four_layers(tie_word_embeddings=tied, router_bias=not tied), windows(4)
     losses, norms, weights = work.run_alone(config, seen, 20, BALANCED, torch.float32)
     assert losses[-1] < 0.7 * losses[0]
     for of_rank, norms_of_rank, of_stage in on_ranks(

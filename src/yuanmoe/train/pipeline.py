@@ -39,11 +39,11 @@ class Pass(NamedTuple):
 def passes(schedule: Schedule, stage: int, num_stages: int, micro_batches: int) -> Iterator[Pass]:
     """What a stage does, in order: some forward passes ahead, then backward passes as soon as they can be."""
     ahead = micro_batches if schedule == "gpipe" else min(num_stages - stage - 1, micro_batches)
-    for forward in range(micro_batches + ahead):
-        if forward < micro_batches:
-            yield Pass("forward", forward)
-        if forward >= ahead:
-            yield Pass("backward", forward - ahead)
+    for turn in range(micro_batches + ahead):
+        if turn < micro_batches:
+            yield Pass("forward", turn)
+        if turn >= ahead:
+            yield Pass("backward", turn - ahead)
 
 
 class Mail:
