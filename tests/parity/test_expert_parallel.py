@@ -6,6 +6,7 @@ import torch
 import sharded_work as work
 from ranks import on_ranks
 from small_models import random_ids, small_config
+from yuanmoe.train.expert_parallel import is_expert
 
 CASES = {
     "m32": ({}, ()),
@@ -37,7 +38,7 @@ def test_experts_on_ranks_are_those_of_one_process(case, ranks):
         torch.testing.assert_close(torch.cat([logits for _, _, logits in parts]), routing.logits.detach())
     for name, parameter in model.named_parameters():
         gradients = [of_rank[name] for _, _, of_rank in found]
-        together = torch.cat(gradients) if work.is_expert(name) else torch.stack(gradients).sum(dim=0)
+        together = torch.cat(gradients) if is_expert(name) else torch.stack(gradients).sum(dim=0)
         torch.testing.assert_close(together, parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 

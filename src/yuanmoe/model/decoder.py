@@ -79,15 +79,21 @@ class Decoder(nn.Module):
         self, input_ids: Int[Tensor, " N"], sequences: Sequences
     ) -> tuple[Float[Tensor, "N D"], tuple[Routing, ...]]:
         """The tokens of `sequences` in its order; returns final hidden states and routings."""
-        x = self.embed_tokens(input_ids)
+        hidden, routings = self.through_layers(self.embed_tokens(input_ids), sequences)
+        return self.norm(hidden), routings
+
+    def through_layers(
+        self, x: Float[Tensor, "N D"], sequences: Sequences
+    ) -> tuple[Float[Tensor, "N D"], tuple[Routing, ...]]:
+        """The same between embedding and final norm."""
         rotary = self.rotary(sequences.positions)
         if (whole := self._whole_pass.run(self.layers, x, sequences, rotary)) is not None:
-            return self.norm(whole[0]), whole[1]
+            return whole
         routings = []
         for layer in self.layers:
             x, routing = layer(x, sequences, rotary)
             routings.append(routing)
-        return self.norm(x), tuple(routing for routing in routings if routing is not None)
+        return x, tuple(routing for routing in routings if routing is not None)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The cosines and sines of these positions under this model's RoPE base and precision."""
@@ -157,14 +163,15 @@ class YuanForCausalLM(nn.Module):
 
         `documents` changes where a document begins; by default one does behind every `<eod>`.
         """
+        hidden, routings = self.model(input_ids.flatten(), self.sequences(input_ids, documents))
+        return hidden.view(*input_ids.shape, -1), routings
+
+    def sequences(self, input_ids: Int[Tensor, "B S"], documents: Int[Tensor, "B S"] | None) -> WholeSequences:
+        """How the tokens of `read` see their past."""
         config = self.config
         if documents is None and config.packing != "continuous":
             documents = documents_of(input_ids, config.eod_token_id)
-        sequences = WholeSequences(
-            *input_ids.shape, device=input_ids.device, documents=documents, packing=config.packing
-        )
-        hidden, routings = self.model(input_ids.flatten(), sequences)
-        return hidden.view(*input_ids.shape, -1), routings
+        return WholeSequences(*input_ids.shape, device=input_ids.device, documents=documents, packing=config.packing)
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """Room for as many sequences of up to `capacity` tokens, where and in what precision this model computes."""

@@ -167,7 +167,7 @@ class Request:
     def candidates(self) -> list[Candidate]:
         """Every layout that agrees. Raises UsageError when there are none."""
         if self.stages is not None:
-            check_stages(self.stages, self.training, self.cluster.size)
+            check_stages(self.stages, self.training.config, self.cluster.size)
         count = () if self.stages is None else (f"pp{len(self.stages)}",)
         found = find_layouts(self.training, self.cluster.size, (*self.words, *count))
         return [Candidate(Case(training=self.training, cluster=self.cluster, layout=layout)) for layout in found]

@@ -8,7 +8,7 @@ Not here: intermediate results (`activations.py`), devices, memory limits and ti
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -112,12 +112,17 @@ def expected_experts(num_experts: int, num_experts_per_tok: int, tokens: int) ->
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
+def flops_of(weights: Iterable[Weight]) -> int:
+    """FLOPs of one token's way forward through these weights."""
+    return 2 * sum(weight.active * weight.size for weight in weights)
+
+
 def forward_flops(config: ModelConfig) -> int:
     """FLOPs of one token's forward pass without attention scores: two for each active parameter, as the article counts.
 
     Norms and biases are in it (0.006 % of M32), the router's E x E scores are not (0.001 %).
     """
-    return 2 * sum(active_parameters(config).values())
+    return flops_of(weights(config))
 
 
 def dense_flops(config: ModelConfig) -> int:

@@ -12,7 +12,9 @@ from typing import Literal, get_args
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
+from yuanmoe.plan import cost
 from yuanmoe.plan.activations import CHECKPOINTING, Checkpointing
+from yuanmoe.plan.split import Demand, split
 
 Sharding = Literal["replicated", "optimizer", "fsdp"]
 """What data ranks share: nothing, masters and moments (the paper's optimizer parallelism), or weights and gradients
@@ -104,10 +106,31 @@ def find_layouts(training: Training, devices: int, words: Iterable[str] = ()) ->
     return found
 
 
-def check_stages(stages: Sequence[int], training: Training, devices: int) -> None:
+def balanced_stages(config: ModelConfig, count: int) -> tuple[int, ...]:
+    """Layers of each of `count` stages: the slowest has the fewest FLOPs, and of such lists early stages the fewest
+    layers, because they hold more micro-batches.
+
+    Raises UsageError for a count outside 1 to the number of layers. `cluster.py` knows better lists for given devices.
+    """
+    num_layers = config.num_hidden_layers
+    if not 1 <= count <= num_layers:
+        raise UsageError(f"{count} pipeline stages cannot share {num_layers} layers; there can be 1 to {num_layers}")
+    _, head, _ = cost.outside_weights(config)
+    demand = Demand(
+        layer_bytes=[0.0] * num_layers,
+        layer_kept=[1.0] * num_layers,
+        layer_s=[cost.flops_of(cost.layer_weights(config, experts)) for experts in config.experts_per_layer],
+        stage_bytes=[0.0] * count,
+        stage_s=[0.0] * (count - 1) + [cost.flops_of([head])],
+        in_flight=range(count, 0, -1),
+    )
+    return split(demand, limit_bytes=2.0 * count * num_layers)
+
+
+def check_stages(stages: Sequence[int], config: ModelConfig, devices: int) -> None:
     """Raises UsageError for a list of stages that this model or so many devices cannot have."""
-    num_layers, said = training.config.num_hidden_layers, ",".join(map(str, stages))
-    if min(stages) < 1:
+    num_layers, said = config.num_hidden_layers, ",".join(map(str, stages))
+    if not stages or min(stages) < 1:
         raise UsageError(f"stages {said}: each needs at least one layer")
     if sum(stages) != num_layers:
         raise UsageError(f"stages {said} have {sum(stages)} layers together; the model has {num_layers}")

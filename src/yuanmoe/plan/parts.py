@@ -90,7 +90,7 @@ class Case:
         config, layout = self.training.config, self.layout
         every, routed = self._layer_parameters(num_experts)
         context = (self.training.sequence_length + 1) / 2
-        flops = _flops(cost.layer_weights(config, num_experts))
+        flops = cost.flops_of(cost.layer_weights(config, num_experts))
         flops += cost.attention_flops(config, context) / config.num_hidden_layers
         passes = 4 if layout.checkpointing == "full" else 3
         compute_s = passes * max(LAYER_S, self._pass_s(flops, every + routed))
@@ -137,7 +137,7 @@ class Case:
         block = min(self.micro_batch_tokens, LOSS_BLOCK) * self.training.config.vocab_size * LOGIT_BYTES
         return Part(
             loss=block + GRADIENT_BYTES * head.size,
-            compute_s=3 * self._pass_s(_flops([head]), head.size),
+            compute_s=3 * self._pass_s(cost.flops_of([head]), head.size),
         )
 
     def _kept(self, num_experts: int, checkpointing: Checkpointing) -> int:
@@ -185,8 +185,3 @@ class Case:
             return 0.0
         ranks = self.layout.data // stride
         return GATHERED_BYTES * parameters * (ranks - 1) / ranks / self.cluster.ring(ranks, stride)
-
-
-def _flops(weights: Iterable[Weight]) -> int:
-    """Of one token forward."""
-    return 2 * sum(weight.active * weight.size for weight in weights)

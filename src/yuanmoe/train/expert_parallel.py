@@ -52,6 +52,11 @@ def expert_rows(num_experts: int, group: ProcessGroup) -> slice:
     return slice(group.rank() * share, (group.rank() + 1) * share)
 
 
+def is_expert(name: str) -> bool:
+    """Whether the weight of that name is one of those that are spread, and not the same on all ranks."""
+    return ".mlp.experts." in name
+
+
 class ExpertsOfRank(Experts):
     """Some consecutive experts of a layer, [E / R, 2F, D] and [E / R, D, F], at work for the tokens of all ranks."""
 

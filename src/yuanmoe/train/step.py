@@ -66,12 +66,17 @@ def forward_loss(
 ) -> tuple[Tensor, tuple[Routing, ...]]:
     """Mean cross-entropy of the tokens of `windows` that are learned, or their sum over another `count`."""
     hidden, routings = model.read(windows.ids[:, :-1], windows.documents)
+    return head_loss(model, hidden, windows, count), routings
+
+
+def head_loss(model: YuanForCausalLM, hidden: Tensor, windows: Windows, count: int | None = None) -> Tensor:
+    """The same of the final hidden states [B, S, D] of `windows`."""
     targets = windows.ids[:, 1:]
     chosen = (slice(None), slice(None)) if windows.learned is None else windows.learned
     hidden, targets = hidden[chosen].flatten(0, -2), targets[chosen].flatten()
     # Where nothing is learned the loss is 0 and so is its gradient.
     count = max(len(targets), 1) if count is None else count
-    return head_cross_entropy(hidden, model.whole_head(hidden.dtype), targets, count), routings
+    return head_cross_entropy(hidden, model.whole_head(hidden.dtype), targets, count)
 
 
 def learn(model: YuanForCausalLM, windows: Windows, windows_at_once: int, balance: BalanceSettings) -> Learned:
