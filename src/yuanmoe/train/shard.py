@@ -6,6 +6,7 @@ model, whose part stays gathered between `read` and the loss, which needs the ou
 Under FSDP2 stored weights are float32 masters; the model computes with what its dtype makes of them.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -56,6 +57,8 @@ def _fully_sharded(model: YuanForCausalLM, ranks: Ranks) -> None:
         _unit(layer, everyone, **shared)
     _unit(model, everyone, **shared, reshard_after_forward=False)
     register_fsdp_forward_method(model, "read")
+    # `read` returns a view, which nothing changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def _unit(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
