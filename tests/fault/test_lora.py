@@ -24,10 +24,11 @@ from yuanmoe.errors import CheckpointError, ConfigError
 from yuanmoe.model.targets import LoraSettings
 from yuanmoe.plan.machine import Rate
 from yuanmoe.runs import read_metrics
-from yuanmoe.train.checkpoint import FACTS, TENSORS, steps
+from yuanmoe.train.checkpoint import FACTS, steps
 from yuanmoe.train.loop import Training
 from yuanmoe.train.recipe import BalanceSettings
 from yuanmoe.train.recipes import named
+from yuanmoe.train.state import TENSORS
 
 TINY = (
     "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=2", "schedule.max_tokens=384",

@@ -15,7 +15,8 @@ from small_runs import FIELDS_OF_TIME, arguments, call, write_tokens
 from small_tokenizers import bpe
 from yuanmoe.data.pack import pack_texts
 from yuanmoe.runs import ENVIRONMENT, SAMPLES, read_lines, read_metrics
-from yuanmoe.train.checkpoint import FACTS, TENSORS, steps
+from yuanmoe.train.checkpoint import FACTS, steps
+from yuanmoe.train.state import TENSORS
 
 OFTEN = ("run.checkpoint_steps=3",)
 SLOW_S = 0.02

@@ -24,12 +24,13 @@ from yuanmoe.data.packed import PackedTokens
 from yuanmoe.errors import CheckpointError, DataError, ResourceError, TokenizerError, TrainingError
 from yuanmoe.runs import read_metrics
 from yuanmoe.train import guard, loop
-from yuanmoe.train.checkpoint import Checkpoints, newest, read_facts, read_tensors, snapshot, steps, surplus
+from yuanmoe.train.checkpoint import Checkpoints, newest, read_facts, snapshot, steps, surplus
 from yuanmoe.train.data import open_data
 from yuanmoe.train.meter import read
 from yuanmoe.train.recipes import named
 from yuanmoe.train.settings import override
 from yuanmoe.train.start import new_model
+from yuanmoe.train.state import Stored
 
 BAD_STEP = 7
 
@@ -127,7 +128,7 @@ def test_a_state_read_back_is_the_state(tmp_path):
     with Checkpoints(tmp_path, keep_last=1) as kept:
         kept.save(snapshot(made.model, made.tensors(), made.facts(), Origin()))
         place = kept.finish()
-    tensors = read_tensors(place)
+    tensors = Stored(place)
     assert {name.partition(".")[0] for name in tensors} == {"master", "exp_avg", "exp_avg_sq", "router_bias"}
     for name, tensor in made.tensors().items():
         assert torch.equal(tensors[name], tensor), name

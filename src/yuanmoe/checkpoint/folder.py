@@ -50,7 +50,7 @@ def new_folder(dst: Path, *, overwrite: bool, kind: Kind = CHECKPOINT) -> Iterat
     """
     _check_destination(dst, overwrite, kind)
     partial = dst.with_name(dst.name + ".partial")
-    with _disk_errors(partial, kind):
+    with disk_errors(partial, kind):
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY)
         try:
@@ -163,7 +163,8 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(partial: Path, kind: Kind) -> Iterator[None]:
+def disk_errors(partial: Path, kind: Kind = CHECKPOINT) -> Iterator[None]:
+    """What the system says of writing `partial` as the error of `kind`, or ResourceError when the disk is full."""
     try:
         yield
     except OSError as error:

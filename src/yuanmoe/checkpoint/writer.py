@@ -76,6 +76,8 @@ class Contents:
     """Asked when all shards are written."""
     beside: Mapping[str, Mapping[str, LazyTensor]] = field(default_factory=dict)
     """More safetensors files by name, which are no part of the model."""
+    moved: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
+    """Files on the same disk, finished and flushed, that move in, each with its entry of the manifest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +134,9 @@ def write_checkpoint(
         _write_small_files(folder, contents, shards)
         for name, values in contents.extras(facts).items():
             write_synced(folder / name, json_text(values))
+        for path, moved in contents.moved.items():
+            path.replace(folder / path.name)
+            manifest.shards[path.name] = dict(moved)
         # Without the fingerprint nothing resumes from it: should a process be killed while it exchanges the finished
         # folder for an older one, the next one finds the older one in its place.
         Manifest(fingerprint="", shards=manifest.shards).write(folder)

@@ -15,19 +15,29 @@ from rich.console import Console
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan import cost
+from yuanmoe.plan.layout import Layout
 from yuanmoe.plan.machine import read_machine
 from yuanmoe.plan.sizes import format_count, format_size
+from yuanmoe.train.layout import laid_out, layout_of
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.recipes import RECIPES, named
 from yuanmoe.train.schedule import spent
 from yuanmoe.train.settings import differences, flat, override
 
 if TYPE_CHECKING:
+    import torch
+
     from yuanmoe.checkpoint.store import Source
+    from yuanmoe.cli.training import Job
+    from yuanmoe.train.data import TrainingData
+    from yuanmoe.train.ranks import Ranks
 
 CHECKPOINTS = "checkpoints"
 STATE_BYTES = {"float32": 16, "bfloat16": 18}
 """A parameter's weight, gradient, two moments and, in bfloat16, float32 master and sum of gradients."""
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+SUMMED_BYTES = {"float32": 8, "bfloat16": 6}
+"""Of these its weight and its sum of gradients, which every rank holds that shares the optimizer's state alone."""
 
 
 def train(
@@ -52,11 +62,15 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe and stop.")] = False,
+    layout: Annotated[
+        str, typer.Option(help="Under torchrun who does what, as `plan --cluster` says it: 'dp4 ep2 fsdp mb1 full'.")
+    ] = "",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")] = 0,
 ) -> None:
     """Train RECIPE on DATA. Ctrl-C and SIGTERM save first; --resume goes on as if nothing had happened."""
-    console = people()
+    leads = os.environ.get("RANK", "0") == "0"
+    console = people() if leads else Console(quiet=True)
     weights = _open(init)
     resolved = _resolve(named(recipe), weights, context, settings or [])
     _print_recipe(console, recipe, resolved)
@@ -68,9 +82,11 @@ def train(
     texts = _Texts(data=read_places(data), heldout=heldout or [], tokenizer=tokenizer)
     if resolved.lora and weights is None:
         raise UsageError("LoRA adapts a model that is there: name its checkpoint with --init, in 4 bits or whole")
+    chosen = layout_of(layout, int(os.environ.get("WORLD_SIZE", "1")), resolved)
     place = _Place(out or Path("runs") / recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
-    found = _train(place, resolved, weights, texts, device, threads or os.cpu_count() or 1, console)
-    print_result({"command": "train", "recipe": recipe, "out": str(place.folder)} | found)
+    found = _train(place, resolved, chosen, weights, texts, device, threads, console)
+    if leads:
+        print_result({"command": "train", "recipe": recipe, "out": str(place.folder)} | found)
     if found["signal"]:
         console.print(f"stopped by a signal and saved; the same command with --resume goes on: {found['checkpoint']}")
         raise typer.Exit(128 + found["signal"])
@@ -137,6 +153,7 @@ def _resolve(recipe: Recipe, weights: "Source | None", context: int | None, sett
 def _train(
     place: _Place,
     recipe: Recipe,
+    layout: Layout,
     weights: "Source | None",
     texts: _Texts,
     device: str | None,
@@ -146,46 +163,68 @@ def _train(
     # Torch takes seconds to import; a wrong call has been refused by now.
     import torch
 
-    from yuanmoe.checkpoint.load import usable_device
-    from yuanmoe.checkpoint.native_config import Origin
-    from yuanmoe.cli.lora import print_adapted
-    from yuanmoe.cli.training import Job, run_training
-    from yuanmoe.train.adapt import adapted_model
+    from yuanmoe.cli.training import run_training
     from yuanmoe.train.checkpoint import newest
     from yuanmoe.train.data import open_data
+    from yuanmoe.train.ranks import joined, local_device, local_place
+
+    place_of_rank = local_device(device)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_place()[1]))
+    opened = open_data(texts.data, recipe, heldout=texts.heldout, tokenizer=texts.tokenizer)
+    with joined(layout, place_of_rank) as ranks:
+        checkpoint = _checkpoint(place, recipe, opened.identity, ranks, console)
+        _check_memory(recipe, weights, place_of_rank.type, ranks)
+        job = _job(place, recipe, weights, opened, checkpoint, place_of_rank, ranks, console)
+        found = run_training(job)
+    return found | {"checkpoint": str(newest(place.folder / CHECKPOINTS)), "report": str(place.folder / "report.html")}
+
+
+def _job(
+    place: _Place,
+    recipe: Recipe,
+    weights: "Source | None",
+    opened: "TrainingData",
+    checkpoint: Path | None,
+    device: "torch.device",
+    ranks: "Ranks",
+    console: Console,
+) -> "Job":
+    """The run, with the model that it begins or goes on with."""
+    from yuanmoe.checkpoint.native_config import Origin
+    from yuanmoe.cli.lora import print_adapted
+    from yuanmoe.cli.training import Job
+    from yuanmoe.train.adapt import adapted_model
+    from yuanmoe.train.shard import sharded
     from yuanmoe.train.start import loaded_model, new_model
 
-    torch.set_num_threads(threads)
-    where = usable_device(device)
-    opened = open_data(texts.data, recipe, heldout=texts.heldout, tokenizer=texts.tokenizer)
-    checkpoint = _checkpoint(place, recipe, opened.identity, console)
-    _check_memory(recipe, weights, where.type)
-    origin, base = Origin(), None
+    origin, base, computed = Origin(), None, recipe if ranks.layout is None else laid_out(recipe, ranks.layout)
     with console.status("making the model"):
         source = weights if recipe.lora else _open(checkpoint) or weights
         if source is None:
-            model = new_model(recipe, where)
+            model = new_model(computed, device)
         elif recipe.lora:
-            model, base = adapted_model(recipe, source, where, checkpoint)
+            model, base = adapted_model(computed, source, device, checkpoint)
         else:
-            model, origin = loaded_model(recipe, source, where), source.origin
+            model, origin = loaded_model(computed, source, device), source.origin
     if recipe.lora:
         print_adapted(console, recipe.model, recipe.lora)
-    job = Job(
-        model=model,
-        recipe=recipe,
+    return Job(
+        model=sharded(model, ranks),
+        recipe=computed,
         data=opened,
         folder=place.folder,
         console=console,
         origin=origin,
         base=base,
         resumed_from=checkpoint,
+        ranks=ranks,
+        named=recipe,
     )
-    found = run_training(job)
-    return found | {"checkpoint": str(newest(place.folder / CHECKPOINTS)), "report": str(place.folder / "report.html")}
 
 
-def _checkpoint(place: _Place, recipe: Recipe, identity: dict[str, Any], console: Console) -> Path | None:
+def _checkpoint(
+    place: _Place, recipe: Recipe, identity: dict[str, Any], ranks: "Ranks", console: Console
+) -> Path | None:
     """Where to go on from; None for a new run, whose folder is then free.
 
     Raises UsageError where a run is in the way, or is to go on with something else than it began with.
@@ -206,13 +245,17 @@ def _checkpoint(place: _Place, recipe: Recipe, identity: dict[str, Any], console
             )
         console.print(f"going on from {found}", soft_wrap=True)
         return found
-    if checkpoints.is_dir() and steps(checkpoints):
-        if not place.overwrite:
-            raise UsageError(
-                f"{place.folder} holds a run of {steps(checkpoints)[-1]} steps: --resume goes on with it, --overwrite "
-                "starts over, --out names another folder"
-            )
+    is_there = checkpoints.is_dir() and bool(steps(checkpoints))
+    if is_there and not place.overwrite:
+        raise UsageError(
+            f"{place.folder} holds a run of {steps(checkpoints)[-1]} steps: --resume goes on with it, --overwrite "
+            "starts over, --out names another folder"
+        )
+    # All have looked before one clears away, and nobody goes on before it has.
+    ranks.wait()
+    if ranks.leads and is_there:
         shutil.rmtree(place.folder)
+    ranks.wait()
     return None
 
 
@@ -227,16 +270,26 @@ def _check_changes(place: _Place, changed: dict[str, tuple[Any, Any]], console: 
         console.print(f"changed: {said}", soft_wrap=True, markup=False)
 
 
-def _check_memory(recipe: Recipe, weights: "Source | None", device: str) -> None:
-    """Raises ResourceError where not even the parameters and what belongs to them fit."""
+def _check_memory(recipe: Recipe, weights: "Source | None", device: str, ranks: "Ranks") -> None:
+    """Raises ResourceError where not even the parameters and what belongs to them fit.
+
+    Every rank begins with the whole model, and then gives up what others hold.
+    """
+    from yuanmoe.train.ranks import local_place
+
     parameters = sum(cost.parameters(recipe.model).values())
-    needed = parameters * STATE_BYTES[recipe.run.dtype]
+    state, weight = STATE_BYTES[recipe.run.dtype], WEIGHT_BYTES[recipe.run.dtype]
+    if ranks.sharding == "optimizer":
+        state = SUMMED_BYTES[recipe.run.dtype] + (state - SUMMED_BYTES[recipe.run.dtype]) / ranks.size
+    elif ranks.sharding == "fsdp":
+        state = max(weight, 16 / ranks.size)
+    needed = parameters * state * local_place()[1]
     if recipe.lora and weights:
         from yuanmoe.cli.lora import num_adapted
 
         parameters = num_adapted(recipe.model, recipe.lora)
         frozen = sum(tensor.nbytes for tensor in weights.stored.values())
-        needed = parameters * STATE_BYTES["float32"] + frozen
+        needed = (parameters * STATE_BYTES["float32"] + frozen) * local_place()[1]
     free = read_machine().available_bytes
     if device == "cpu" and free is not None and needed > free:
         raise ResourceError(

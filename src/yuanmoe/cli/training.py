@@ -6,8 +6,7 @@ Importing this file imports torch.
 """
 
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from yuanmoe.checkpoint.adapter import Base, adapter_of
-from yuanmoe.checkpoint.native_config import Origin
+from yuanmoe.checkpoint.native_config import Origin, parse_dtype
 from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.probe import matmul_rate
 from yuanmoe.cli.training_view import TrainingView
@@ -26,12 +25,15 @@ from yuanmoe.lm import LanguageModel
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.runs import RunFolder
 from yuanmoe.train.board import Board
-from yuanmoe.train.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, read_tensors, snapshot
+from yuanmoe.train.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, snapshot
 from yuanmoe.train.data import TrainingData
 from yuanmoe.train.loop import Progress, Training
 from yuanmoe.train.meter import Reading, bits_per_byte, flops_per_token, metrics, read
+from yuanmoe.train.ranks import ALONE, Ranks
 from yuanmoe.train.recipe import Recipe
-from yuanmoe.train.step import Windows, evaluate
+from yuanmoe.train.shard import ready_to_use
+from yuanmoe.train.state import Stored
+from yuanmoe.train.step import evaluate_batch
 
 SAMPLE_WINDOWS = 256
 """Held-out windows, spread evenly, that are measured while training goes on; all of them at its end."""
@@ -45,6 +47,7 @@ class Job:
     model: YuanForCausalLM
     """Trained in place."""
     recipe: Recipe
+    """As it is computed here."""
     data: TrainingData
     folder: Path
     console: Console
@@ -56,25 +59,36 @@ class Job:
     """Whether the run is saved on its way, and writes curves for TensorBoard."""
     resumed_from: Path | None = None
     """The checkpoint to go on from; the model has its weights already."""
+    ranks: Ranks = ALONE
+    """All of them run this; the leading one shows, logs and writes."""
+    named: Recipe | None = None
+    """The recipe that names the run, where a layout changed how it is computed."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run goes on with."""
+        return {"recipe": (self.named or self.recipe).to_dict(), "data": self.data.identity}
 
 
 def run_training(job: Job) -> dict[str, Any]:
     """Trains, and says what came of it as JSON values. Raises TrainingError with a saved state where it must stop."""
     weight, heldout = job.model.model.norm.weight, job.data.heldout
     with job.console.status("measuring this machine's matrix products"):
-        peak = matmul_rate(weight.device, weight.dtype, size=1024).high
+        dtype = parse_dtype(job.recipe.run.dtype) if job.recipe.lora is None else weight.dtype
+        peak = matmul_rate(weight.device, dtype, size=1024).high * job.ranks.size
     sample = None if heldout is None else heldout[:: len(heldout) // SAMPLE_WINDOWS + 1]
-    training = Training(job.model, job.recipe, job.data.batch, sample)
+    training = Training(job.model, job.recipe, job.data.batch, sample, job.ranks)
     if job.resumed_from is not None:
-        training.load(read_tensors(job.resumed_from), read_facts(job.resumed_from))
+        training.load(Stored(job.resumed_from), read_facts(job.resumed_from))
     with _Desk(job, training, peak) as desk:
         number = desk.follow()
     found: dict[str, Any] = {"interrupted": number != 0, "signal": number} | desk.summary(peak)
     if heldout is not None:
         with job.console.status("measuring on the held-out text"):
-            loss = evaluate(job.model, Windows.of(heldout, weight.device))
+            loss = evaluate_batch(job.model, heldout, weight.device, job.ranks)
         found |= {"heldout_loss": loss} | _bits(loss, job.data)
-    write_run_page(job.folder)
+    if job.ranks.leads:
+        write_run_page(job.folder)
     return found
 
 
@@ -86,7 +100,6 @@ class _Desk(ExitStack):
         self.job, self.training = job, training
         self.reading: Reading | None = None
         self._resumed_at = training.step if job.resumed_from else None
-        self._identity = {"recipe": job.recipe.to_dict(), "data": job.data.identity}
         hint = "Ctrl-C saves and stops" if job.keeps else "Ctrl-C ends it sooner"
         self._view = TrainingView(console=job.console, peak_flops=peak, hint=hint)
         self._lm = LanguageModel(job.model, load_tokenizer(job.data.tokenizer)) if job.recipe.run.prompts else None
@@ -95,27 +108,30 @@ class _Desk(ExitStack):
     def __enter__(self) -> "_Desk":
         super().__enter__()
         job, at = self.job, self._resumed_at
-        self._run = self.enter_context(RunFolder(job.folder, job.recipe.to_dict(), resumed_at=at))
-        self._board = self.enter_context(Board(job.folder, self._say, resumed_at=at)) if job.keeps else None
+        self._run = self._board = None
+        if job.ranks.leads:
+            self._run = self.enter_context(RunFolder(job.folder, job.identity["recipe"], resumed_at=at))
+            self._board = self.enter_context(Board(job.folder, self._say, resumed_at=at)) if job.keeps else None
         self._checkpoints = self.enter_context(self._open_checkpoints()) if job.keeps else None
         self.enter_context(self._view)
         self._interrupt = self.enter_context(Interrupt((signal.SIGINT, signal.SIGTERM)))
         return self
 
     def follow(self) -> int:
-        """Every step to the end of the budget, or to a signal, whose number it returns."""
+        """Every step to the end of the budget, or to a signal to any rank, whose number it returns."""
         self._interrupt.graceful = True
+        number = 0
         try:
             for progress in self.training:
                 self._record(progress)
-                if self._interrupt.requested:
+                if number := self.job.ranks.most(self._interrupt.number):
                     break
         except TrainingError as error:
             raise TrainingError(f"{error}. {self._rescue()}") from error
         self._save()
         if self._checkpoints is not None:
             self._checkpoints.finish()
-        return self._interrupt.number
+        return number
 
     def summary(self, peak: float) -> dict[str, Any]:
         """Of the whole run; speeds are those since it was started or resumed."""
@@ -139,14 +155,16 @@ class _Desk(ExitStack):
         self.reading = read(self.training.recent, recipe)
         bits = _bits(progress.heldout_loss, self.job.data)
         line = metrics(progress, self.reading) | bits
-        self._run.log(line)
+        if self._run is not None:
+            self._run.log(line)
         if self._board is not None:
             self._board.log(progress.step, _curves(line))
         self._view.show(progress, self.reading, bits.get("heldout_bits_per_byte"))
         every = recipe.run.checkpoint_steps
         if progress.milestone is not None:
             self._write_samples(progress.step)
-            write_run_page(self.job.folder)
+            if self.job.ranks.leads:
+                write_run_page(self.job.folder)
         if progress.milestone is not None or (every and progress.step % every == 0):
             self._save()
 
@@ -156,28 +174,30 @@ class _Desk(ExitStack):
             return
         run = self.job.recipe.run
         room = self.job.recipe.model.max_position_embeddings
-        with _evaluating(self.job.model):
+        with ready_to_use(self.job.model):
             for prompt in run.prompts:
                 ids = self._lm.text_ids(prompt)
                 new_tokens = min(run.sample_tokens, room - len(ids))
                 if new_tokens > 0:
                     text = self._lm.generate(ids, max_new_tokens=new_tokens).text
-                    self._run.sample({"step": step, "prompt": prompt, "text": text})
+                    if self._run is not None:
+                        self._run.sample({"step": step, "prompt": prompt, "text": text})
 
     def _open_checkpoints(self) -> Checkpoints:
         keep_last, folder = self.job.recipe.run.keep_last, self.job.folder / CHECKPOINTS
         # The tokenizer of an adapter is its base's.
         companions = self.job.data.tokenizer if self.job.base is None else None
-        return Checkpoints(folder, keep_last=keep_last, companions=companions, say=self._say)
+        return Checkpoints(folder, keep_last=keep_last, companions=companions, say=self._say, ranks=self.job.ranks)
 
     def _save(self) -> None:
         if self._checkpoints is not None:
-            self._checkpoints.save(self._snapshot(self.training.facts() | self._identity))
+            self._checkpoints.save(self._snapshot(self.training.facts() | self.job.identity))
 
     def _snapshot(self, facts: dict[str, Any]) -> Snapshot:
         job, tensors = self.job, self.training.tensors()
         if job.recipe.lora is None or job.base is None:
-            return snapshot(job.model, tensors, facts, job.origin)
+            dtype = parse_dtype(job.recipe.run.dtype)
+            return snapshot(job.model, tensors, facts, job.origin, job.ranks, dtype)
         return adapter_snapshot(adapter_of(job.model, job.recipe.lora, job.base), tensors, facts)
 
     def _rescue(self) -> str:
@@ -189,14 +209,6 @@ class _Desk(ExitStack):
 
     def _say(self, message: str) -> None:
         self.job.console.print(f"  {message}", soft_wrap=True, markup=False)
-
-
-@contextmanager
-def _evaluating(model: YuanForCausalLM) -> Iterator[None]:
-    """The model as it is in use: without dropout."""
-    model.eval()
-    yield
-    model.train()
 
 
 def _bits(loss: float | None, data: TrainingData) -> dict[str, float]:

@@ -5,41 +5,55 @@
 | file | holds |
 |---|---|
 | training.safetensors | float32 masters of bfloat16 weights, AdamW's moments, sums of router biases |
+| training-K-of-N.safetensors | the same in pieces, where N ranks hold them (`state.py`) |
 | training.json | step, time, schedule, the last steps, held-out losses, the recipe and what names the data |
 
 A run of LoRA holds its adapter there, as `checkpoint/adapter.py` writes it, and nothing of the base.
 
 A save copies everything to memory and returns; a thread writes it beside, flushes it and renames it, and the next save
-waits for it. Generators and the loader have no state: what is random in a step follows from its number (`loop.py`).
+waits for it. Of several ranks each writes its piece into `step-N.pieces`; when all are whole the leading rank writes
+the rest beside, moves them in, and renames. Generators and the loader have no state: what is random in a step follows
+from its number (`loop.py`).
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from yuanmoe.checkpoint import adapter as adapters
 from yuanmoe.checkpoint.adapter import Adapter
+from yuanmoe.checkpoint.folder import disk_errors
 from yuanmoe.checkpoint.json_file import read_json
 from yuanmoe.checkpoint.lazy import TensorView, main_dtype
-from yuanmoe.checkpoint.mapping import layout
 from yuanmoe.checkpoint.native_config import Origin, native_config
-from yuanmoe.checkpoint.safetensors_file import open_safetensors
+from yuanmoe.checkpoint.safetensors_file import write_safetensors
 from yuanmoe.checkpoint.save import COMPANIONS
 from yuanmoe.checkpoint.writer import Contents, silent, write_checkpoint
 from yuanmoe.errors import CheckpointError, YuanError
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.train.ranks import ALONE, Ranks, new_group
+from yuanmoe.train.shard import whole_weights
+from yuanmoe.train.state import TENSORS, piece_name
 
-TENSORS, FACTS = "training.safetensors", "training.json"
+FACTS = "training.json"
 PREFIX = "step-"
-_DROPPED = ".dropped"
+_DROPPED, _PIECES = ".dropped", ".pieces"
+WRITING = timedelta(hours=1)
+"""What ranks wait for one another's pieces, and for the leading rank to write all weights."""
+
+Entry = dict[str, Any]
+"""What a manifest says of a file."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,6 +66,7 @@ class Snapshot:
     config: dict[str, Any]
     """Of the model, as config.json."""
     weights: dict[str, Tensor]
+    """Nothing on ranks that do not lead."""
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
     is_adapter: bool = False
@@ -71,15 +86,22 @@ def adapter_snapshot(adapter: Adapter, tensors: Mapping[str, Tensor], facts: Map
 
 
 def snapshot(
-    model: YuanForCausalLM, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], origin: Origin
+    model: YuanForCausalLM,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    origin: Origin,
+    ranks: Ranks = ALONE,
+    dtype: torch.dtype = torch.float32,
 ) -> Snapshot:
-    """Copies the weights of `model` and `tensors`, so that training may go on; `facts` are JSON values with a step."""
-    state = model.state_dict()
-    weights = {name: _copied(state[name]) for name in layout(model.config).native}
+    """Copies the weights of `model` and `tensors`, so that training may go on; `facts` are JSON values with a step.
+
+    `dtype` is that of the weights where only their float32 masters are kept. All ranks take part.
+    """
+    weights = whole_weights(model, ranks, dtype)
     views = {name: TensorView.of(tensor) for name, tensor in weights.items()}
     return Snapshot(
         step=facts["step"],
-        config=native_config(model.config, main_dtype(views), origin),
+        config=native_config(model.config, main_dtype(views), origin) if ranks.leads else {},
         weights=weights,
         tensors={name: _copied(tensor) for name, tensor in tensors.items()},
         facts=_plain(facts),
@@ -95,8 +117,10 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def write(taken: Snapshot, dst: Path, companions: Path | None) -> None:
+def write(taken: Snapshot, dst: Path, companions: Path | None, pieces: Mapping[Path, Entry] | None = None) -> None:
     """Writes a snapshot as `dst`, with the tokenizer in the folder `companions`: whole or not at all.
+
+    `pieces` of the training state that are written already move in instead of the snapshot's tensors.
 
     Raises ResourceError when the disk is full and CheckpointError when it fails otherwise.
     """
@@ -109,7 +133,8 @@ def write(taken: Snapshot, dst: Path, companions: Path | None) -> None:
         config=taken.config,
         copies=copies,
         extras=lambda _: {FACTS: taken.facts},
-        beside={TENSORS: state} | ({adapters.TENSORS: weights} if taken.is_adapter else {}),
+        beside=({} if pieces else {TENSORS: state}) | ({adapters.TENSORS: weights} if taken.is_adapter else {}),
+        moved=pieces or {},
     )
     write_checkpoint(dst, contents, say=silent)
 
@@ -119,12 +144,6 @@ def read_facts(path: Path) -> dict[str, Any]:
     if not (path / FACTS).is_file():
         raise CheckpointError(f"{path} has no {FACTS}: no training run wrote it. To start from its weights: --init")
     return read_json(path / FACTS)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that training wrote, in memory."""
-    stored = open_safetensors(path / TENSORS).tensors
-    return {name: tensor.read().clone() for name, tensor in stored.items()}
 
 
 class Checkpoints:
@@ -140,14 +159,24 @@ class Checkpoints:
         keep_last: int,
         companions: Path | None = None,
         say: Callable[[str], None] = _LOG.warning,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Clears away what a killed run left half written or half removed. `say` hears of saves that failed."""
+        """Clears away what a killed run left half written or half removed. `say` hears of saves that failed.
+
+        All ranks make one, and save at the same steps.
+        """
         self._folder, self._keep_last, self._companions, self._say = folder, keep_last, companions, say
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._ranks = ranks
+        # Threads of all ranks agree beside the training itself, so on a group of their own.
+        self._group = None if ranks.data is None else new_group(backend="gloo", timeout=WRITING)
         folder.mkdir(parents=True, exist_ok=True)
-        for rest in (*folder.glob(f"{PREFIX}*.partial"), *folder.glob(f"{PREFIX}*{_DROPPED}")):
-            shutil.rmtree(rest)
+        if ranks.leads:
+            for suffix in (".partial", _DROPPED, _PIECES):
+                for rest in folder.glob(f"{PREFIX}*{suffix}"):
+                    shutil.rmtree(rest)
+        ranks.wait()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -180,15 +209,57 @@ class Checkpoints:
             self._say(f"a checkpoint was not written: {error}; {last}. Training goes on and tries again at the next")
 
     def _write(self, taken: Snapshot) -> None:
-        place = self._folder / f"{PREFIX}{taken.step}"
-        if place.exists():
+        place = self._place(taken.step)
+        if self._agree(place.exists()):
             return
+        beside = place.with_name(place.name + _PIECES)
         try:
-            write(taken, place, self._companions)
+            self._publish(taken, place, self._pieces(taken, beside))
         except YuanError:
             # What is half written could not be gone on with, and takes room.
-            shutil.rmtree(place.with_name(place.name + ".partial"), ignore_errors=True)
+            if self._ranks.leads:
+                for rest in (place.with_name(place.name + ".partial"), beside):
+                    shutil.rmtree(rest, ignore_errors=True)
             raise
+
+    def _pieces(self, taken: Snapshot, beside: Path) -> dict[Path, Entry]:
+        """The pieces of all ranks, once they are whole in the folder `beside`; none where the leading rank has all.
+
+        Raises what a rank raised, on all ranks.
+        """
+        if not self._ranks.shares_state:
+            return {}
+        with self._together(), disk_errors(beside):
+            beside.mkdir(exist_ok=True)
+            path = beside / piece_name(self._ranks.rank, self._ranks.size)
+            digest = write_safetensors(path, {key: TensorView.of(tensor) for key, tensor in taken.tensors.items()})
+            entry = {"bytes": path.stat().st_size, "sha256": digest}
+        return dict(self._ranks.all((path, entry), self._group))
+
+    def _publish(self, taken: Snapshot, place: Path, pieces: Mapping[Path, Entry]) -> None:
+        """The leading rank makes the checkpoint of the pieces and the rest, and drops what has become surplus."""
+        with self._together():
+            if self._ranks.leads:
+                write(taken, place, self._companions, pieces)
+                shutil.rmtree(place.with_name(place.name + _PIECES), ignore_errors=True)
+                self._drop_surplus()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A block of all ranks that fails on all of them where it fails on one."""
+        failed: YuanError | None = None
+        try:
+            yield
+        except YuanError as error:
+            failed = error
+        errors = [error for error in self._ranks.all(failed, self._group) if error is not None]
+        if errors:
+            raise errors[0]
+
+    def _agree(self, is_there: bool) -> bool:
+        return self._ranks.all(is_there, self._group)[0]
+
+    def _drop_surplus(self) -> None:
         for step in surplus({step: read_facts(self._place(step)) for step in steps(self._folder)}, self._keep_last):
             dropped = self._place(step).with_name(f"{PREFIX}{step}{_DROPPED}")
             self._place(step).rename(dropped)

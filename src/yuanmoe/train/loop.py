@@ -6,6 +6,7 @@ state could be lost. With a budget in tokens, one thread and one seed a run repe
 Legend: L layers with experts, E experts.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -17,15 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yuanmoe.checkpoint.native_config import parse_dtype
 from yuanmoe.data.loader import Batch
 from yuanmoe.errors import DataError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.train import guard
 from yuanmoe.train.balance import RouterBiases
 from yuanmoe.train.optim import Optimizer
+from yuanmoe.train.ranks import ALONE, Ranks
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.schedule import learning_rate, spent
-from yuanmoe.train.step import Learned, Windows, evaluate, learn, window_losses
+from yuanmoe.train.state import Stored
+from yuanmoe.train.step import Learned, StepSize, Windows, evaluate_batch, learn, summed, window_losses
 
 RECENT_STEPS = 32
 """Steps that are remembered, for what they say together (`meter`) and to tell a spike (`guard`)."""
@@ -63,7 +67,8 @@ class Progress:
 class Training:
     """One run of a model, trained in place on `batch(0)`, `batch(1)` and so on.
 
-    The loss on `heldout` is measured at `recipe.run.milestones` even shares of the budget, the last at its end.
+    The loss on `heldout` is measured at `recipe.run.milestones` even shares of the budget, the last at its end. Of
+    several ranks each learns from its share of every batch, and all of them come to the same progress.
     """
 
     def __init__(
@@ -72,13 +77,15 @@ class Training:
         recipe: Recipe,
         batch: Callable[[int], Batch],
         heldout: Batch | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model.train()
         self.recipe = recipe
+        self.ranks = ranks
         self.step = 0
         self.recent: deque[Progress] = deque(maxlen=RECENT_STEPS)
         self._batch, self._heldout = batch, heldout
-        self._optimizer = Optimizer(model, recipe.optimizer)
+        self._optimizer = Optimizer(model, recipe.optimizer, ranks, parse_dtype(recipe.run.dtype))
         self._biases = RouterBiases(model, recipe.balance.bias_rate)
         self._share, self._milestones = 0.0, 0
         self._began = time.perf_counter()
@@ -102,13 +109,14 @@ class Training:
         self._biases.update(learned.load)
         step_s = time.perf_counter() - begin
         self.step += 1
-        self._share = spent(self.recipe, self.step, self.elapsed_s)
+        elapsed_s = self.ranks.first(self.elapsed_s)
+        self._share = spent(self.recipe, self.step, elapsed_s)
         milestone = self._milestone()
         progress = Progress(
             step=self.step,
             tokens=self.step * self.recipe.data.tokens_per_step,
             step_s=step_s,
-            elapsed_s=self.elapsed_s,
+            elapsed_s=elapsed_s,
             share=self._share,
             learning_rate=rate * self.recipe.optimizer.learning_rate,
             loss=learned.loss.item(),
@@ -122,8 +130,8 @@ class Training:
         return progress
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that the next step depends on besides the model's own."""
-        return self._optimizer.tensors() | self._biases.tensors()
+        """All tensors that the next step depends on besides the model's own, each on one rank alone."""
+        return self._optimizer.tensors() | (self._biases.tensors() if self.ranks.leads else {})
 
     def facts(self) -> dict[str, Any]:
         """Everything else that it depends on, as JSON values."""
@@ -134,7 +142,7 @@ class Training:
             "recent": [asdict(progress) for progress in self.recent],
         }
 
-    def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def load(self, tensors: Stored, facts: Mapping[str, Any]) -> None:
         """Goes on from where `tensors` and `facts` were taken; the model has its weights of then already."""
         self.step = facts["step"]
         self._began = time.perf_counter() - facts["elapsed_s"]
@@ -146,24 +154,32 @@ class Training:
 
     def _learn(self) -> tuple[Learned, float]:
         """The gradient of the next batch, clipped, and its norm before that."""
-        recipe, windows = self.recipe, self._windows()
-        with _randomness(recipe.run.seed, self.step, windows.ids.device):
-            learned = learn(self.model, windows, recipe.data.windows_at_once, recipe.balance)
+        recipe, batch = self.recipe, self._whole_batch()
+        windows = Windows.of(self.ranks.share(batch), self._device)
+        with _randomness([recipe.run.seed, self.step, self.ranks.rank], windows.ids.device):
+            learned = learn(self.model, windows, recipe.data.windows_at_once, recipe.balance, StepSize.of(batch))
+        learned = summed(learned, self.ranks)
         norm = self._optimizer.clip(recipe.optimizer.gradient_clip).item()
         losses = [progress.loss for progress in self.recent]
         if what := guard.fault(learned.loss.item(), norm, losses, recipe.run.spike):
             self._optimizer.zero_grad()
-            raise guard.failure(self.step + 1, self.step, what, norm, window_losses(self.model, windows))
+            each = itertools.chain(*self.ranks.all(window_losses(self.model, windows)))
+            raise guard.failure(self.step + 1, self.step, what, norm, list(each))
         return learned, norm
 
-    def _windows(self) -> Windows:
+    @property
+    def _device(self) -> torch.device:
+        return self.model.model.norm.weight.device
+
+    def _whole_batch(self) -> Batch:
+        """The windows of all ranks."""
         batch, vocab_size = self._batch(self.step), self.recipe.model.vocab_size
         if batch.ids.min() < 0 or batch.ids.max() >= vocab_size:
             raise DataError(
                 f"batch {self.step} holds token ids {batch.ids.min()} to {batch.ids.max()}, the model's vocabulary "
                 f"ends at {vocab_size - 1}; pack the text with the model's tokenizer"
             )
-        return Windows.of(batch, self.model.model.norm.weight.device)
+        return batch
 
     def _milestone(self) -> int | None:
         """The milestone that the share of the budget has just reached, from 1."""
@@ -175,13 +191,14 @@ class Training:
     def _measure(self) -> float | None:
         if self._heldout is None:
             return None
-        return evaluate(self.model, Windows.of(self._heldout, self.model.model.norm.weight.device))
+        return evaluate_batch(self.model, self._heldout, self._device, self.ranks)
 
 
 @contextmanager
-def _randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """What is random inside depends on the seed and the step alone, and leaves torch's generators as they were."""
-    mixed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def _randomness(seeds: list[int], device: torch.device) -> Iterator[None]:
+    """What is random inside depends on these numbers alone, and leaves torch's generators as they were."""
+    # Zeros at the end change nothing: the first rank draws what a single process draws.
+    mixed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(mixed >> 1)
         yield

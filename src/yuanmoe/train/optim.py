@@ -2,7 +2,7 @@
 
 A parameter in float32 is its own master. One in bfloat16 has a master beside it, which sums its gradients and holds
 what a step adds below its precision: a weight near 1 cannot take a step below 1/256 in bfloat16.
-Not here: the schedule, sharding (a function that takes a model and returns one comes before this).
+Which part of a master a rank holds is in `part.py`. Not here: the schedule.
 """
 
 from collections.abc import Mapping
@@ -10,21 +10,32 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from yuanmoe.train.part import part_of
+from yuanmoe.train.ranks import ALONE, Ranks
 from yuanmoe.train.recipe import OptimizerSettings
+from yuanmoe.train.state import Stored, key_of
 
 _MASTER, _MEAN, _SQUARE = "master.", "exp_avg.", "exp_avg_sq."
 
 
 class Optimizer:
-    """AdamW over the parameters of a model that want a gradient."""
+    """AdamW over the parameters of a model that want a gradient; each rank moves its part of them."""
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
-        self._apart = [name for name, master in self.masters.items() if master is not self._parameters[name]]
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        ranks: Ranks = ALONE,
+        computed_in: torch.dtype = torch.float32,
+    ) -> None:
+        """`computed_in` is what the model's weights are rounded to where they are sharded."""
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._ranks = ranks
+        self._parts = {name: part_of(name, parameter, ranks, computed_in) for name, parameter in parameters.items()}
+        self.masters = {name: part.master for name, part in self._parts.items()}
         self._learning_rate = settings.learning_rate
         self._adamw = torch.optim.AdamW(
-            param_groups(self.masters, settings),
+            param_groups(parameters, settings, self.masters),
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.epsilon,
@@ -32,8 +43,12 @@ class Optimizer:
         )
 
     def clip(self, longest: float) -> Tensor:
-        """Shortens the gradient of all parameters to `longest`; its norm before that."""
-        return nn.utils.clip_grad_norm_(self.masters.values(), longest)
+        """Sums the gradient over all ranks and shortens it to `longest`; its norm before that."""
+        for part in self._parts.values():
+            part.reduce()
+        norm = self._norm()
+        nn.utils.clip_grads_with_norm_(self.masters.values(), longest, norm)
+        return norm
 
     @torch.no_grad()
     def step(self, share: float) -> None:
@@ -45,42 +60,63 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forgets the gradients, and gives their memory back."""
-        self._adamw.zero_grad(set_to_none=True)
+        for part in self._parts.values():
+            part.forget()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a step depends on besides the parameters themselves, by name; empty before the first step."""
-        found: dict[str, Tensor] = {f"{_MASTER}{name}": self.masters[name] for name in self._apart}
-        for name, master in self.masters.items():
-            state = self._adamw.state.get(master, {})
-            if state:
-                found |= {f"{_MEAN}{name}": state["exp_avg"], f"{_SQUARE}{name}": state["exp_avg_sq"]}
-        return found
+        """All that a step depends on besides the parameters themselves, by key; no moments before the first step.
+
+        Of what several ranks hold, one has it here; a range of a tensor is flat, and its key says where it begins.
+        """
+        found: dict[str, Tensor] = {}
+        for name, part in self._parts.items():
+            state = self._adamw.state.get(part.master, {})
+            held = {_MASTER: part.master} if part.rounds else {}
+            held |= {_MEAN: state["exp_avg"], _SQUARE: state["exp_avg_sq"]} if state else {}
+            for kind, tensor in held.items() if part.writes and part.master.numel() else ():
+                found[key_of(kind + name, part.start if part.is_range else None)] = tensor.detach()
+        return {key: tensor.flatten() if "@" in key else tensor for key, tensor in found.items()}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Takes what `tensors` gave after that many steps."""
-        for name, master in self.masters.items():
-            if f"{_MASTER}{name}" in tensors:
-                master.copy_(tensors[f"{_MASTER}{name}"])
-            if steps:
-                self._adamw.state[master] = {
-                    "step": torch.tensor(float(steps), device=master.device),
-                    "exp_avg": tensors[f"{_MEAN}{name}"].to(master.device, copy=True),
-                    "exp_avg_sq": tensors[f"{_SQUARE}{name}"].to(master.device, copy=True),
-                }
+    def load(self, stored: Stored, steps: int) -> None:
+        """Takes what `tensors` of all ranks gave after that many steps, however many there were."""
+        for name, part in self._parts.items():
+            master = part.master
+            if _MASTER + name in stored:
+                master.copy_(stored.part(_MASTER + name, part.start, master.numel()).view_as(master))
+            if steps and master.numel():
+                mean, square = (
+                    stored.part(kind + name, part.start, master.numel()).view_as(master).to(master.device, copy=True)
+                    for kind in (_MEAN, _SQUARE)
+                )
+                taken = torch.tensor(float(steps), device=master.device)
+                self._adamw.state[master] = {"step": taken, "exp_avg": mean, "exp_avg_sq": square}
         self._publish()
 
+    def _norm(self) -> Tensor:
+        """Of the gradient of all parameters, each element counted once."""
+        gradients = [(part.master.grad, part.holders) for part in self._parts.values() if part.master.grad is not None]
+        if self._ranks.data is None:
+            return nn.utils.get_total_norm([gradient for gradient, _ in gradients])
+        squares = [gradient.square().sum(dtype=torch.float64) / holders for gradient, holders in gradients]
+        return self._ranks.sum(torch.stack(squares).sum()).sqrt().float()
+
+    @torch.no_grad()
     def _publish(self) -> None:
-        """Rounds the masters into the parameters that are none themselves."""
-        for name in self._apart:
-            self._parameters[name].copy_(self.masters[name])
+        for part in self._parts.values():
+            part.publish()
 
 
-def param_groups(parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> list[dict[str, object]]:
+def param_groups(
+    parameters: Mapping[str, nn.Parameter],
+    settings: OptimizerSettings,
+    masters: Mapping[str, nn.Parameter] | None = None,
+) -> list[dict[str, object]]:
     """Four kinds of parameters; the key `rate` of a group is its multiple of the learning rate.
 
     Norms and biases do not decay: they have nothing to shrink towards 0 for. Embedding and head do where the released
-    training is repeated (Megatron spares vectors alone); for a rare token's row decay would do little else.
+    training is repeated (Megatron spares vectors alone); for a rare token's row decay would do little else. `masters`,
+    those that are not empty, take the place of parameters.
     """
     outside = settings.weight_decay if settings.decay_embedding else 0.0
     kinds = {
@@ -91,7 +127,9 @@ def param_groups(parameters: Mapping[str, nn.Parameter], settings: OptimizerSett
     }
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
     for name, parameter in parameters.items():
-        members[_kind(name, parameter)].append(parameter)
+        moved = (masters or parameters)[name]
+        if moved.numel():
+            members[_kind(name, parameter)].append(moved)
     return [{"params": members[kind], **values} for kind, values in kinds.items() if members[kind]]
 
 
@@ -101,21 +139,3 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
     if name == "lm_head.weight":
         return "head"
     return "vector" if parameter.ndim == 1 else "matrix"
-
-
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter itself, or a float32 copy that takes over its gradients as soon as they are there."""
-    if parameter.dtype == torch.float32:
-        return parameter
-    master = nn.Parameter(parameter.detach().float())
-
-    def take(source: Tensor) -> None:
-        assert source.grad is not None, "the hook runs after a gradient was accumulated"
-        if master.grad is None:
-            master.grad = source.grad.float()
-        else:
-            master.grad += source.grad
-        source.grad = None
-
-    parameter.register_post_accumulate_grad_hook(take)
-    return master

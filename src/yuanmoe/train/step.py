@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.ops.cross_entropy import head_cross_entropy
 from yuanmoe.train.balance import balance_loss
+from yuanmoe.train.ranks import ALONE, Ranks
 from yuanmoe.train.recipe import BalanceSettings
 
 
@@ -79,20 +81,40 @@ def head_loss(model: YuanForCausalLM, hidden: Tensor, windows: Windows, count: i
     return head_cross_entropy(hidden, model.whole_head(hidden.dtype), targets, count)
 
 
-def learn(model: YuanForCausalLM, windows: Windows, windows_at_once: int, balance: BalanceSettings) -> Learned:
+class StepSize(NamedTuple):
+    """What a step learns from on all ranks together."""
+
+    windows: int
+    learned: int
+    """Tokens."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "StepSize":
+        """Of the batch that the ranks divide."""
+        return cls(len(batch), int(batch.loss_mask.sum()))
+
+
+def learn(
+    model: YuanForCausalLM,
+    windows: Windows,
+    windows_at_once: int,
+    balance: BalanceSettings,
+    step: StepSize | None = None,
+) -> Learned:
     """Adds the gradient of the mean loss of `windows` to the parameters, some windows at a time.
 
-    The mean is over all tokens that are learned, however they are spread. The losses that balance experts count the
-    windows at once, as in the released training's micro-batches.
+    The mean is over all tokens that are learned, however they are spread; where `windows` are a rank's part of a `step`
+    what comes out is its part of the mean. The losses that balance experts count the windows at once, as in the
+    released training's micro-batches.
     """
     loss = extra = torch.zeros((), device=windows.ids.device)
     load: list[Tensor] = []
-    count = max(windows.num_learned, 1)
+    step = step or StepSize(len(windows.ids), windows.num_learned)
     for part in windows.split(windows_at_once):
-        part_loss, routings = forward_loss(model, part, count)
+        part_loss, routings = forward_loss(model, part, max(step.learned, 1))
         part_extra = balance_loss(routings, balance)
         if part_extra is not None:
-            part_extra = part_extra * (len(part.ids) / len(windows.ids))
+            part_extra = part_extra * (len(part.ids) / step.windows)
             extra = extra + part_extra.detach()
         (part_loss if part_extra is None else part_loss + part_extra).backward()
         loss = loss + part_loss.detach()
@@ -109,6 +131,33 @@ def expert_load(routing: Routing) -> Tensor:
 def window_losses(model: YuanForCausalLM, windows: Windows) -> list[float]:
     """The loss of each of `windows` by itself, as the model is in use: without dropout."""
     return [evaluate(model, window) for window in windows.split(1)]
+
+
+def summed(learned: Learned, ranks: Ranks) -> Learned:
+    """What the windows of all ranks said."""
+    loss, extra, *load = ranks.sums([learned.loss, learned.balance_loss, *learned.load])
+    return Learned(loss=loss, balance_loss=extra, load=load)
+
+
+def evaluate_batch(model: YuanForCausalLM, batch: Batch, device: torch.device, ranks: Ranks = ALONE) -> float:
+    """Mean loss of the windows of `batch`, each rank measuring its share."""
+    own = ranks.share(_filled(batch, ranks.size))
+    learned = int(own.loss_mask.sum())
+    loss = evaluate(model, Windows.of(own, device))
+    if ranks.size == 1:
+        return loss
+    total, count = ranks.sums([torch.tensor([loss * learned, learned], dtype=torch.float64)])[0].tolist()
+    return total / max(count, 1)
+
+
+def _filled(batch: Batch, ranks: int) -> Batch:
+    """`batch` with windows in which nothing is learned, so that all ranks make as many passes."""
+    missing = -len(batch) % ranks
+    if not missing:
+        return batch
+    rows = np.minimum(np.arange(len(batch) + missing), len(batch) - 1)
+    loss_mask = batch.loss_mask[rows] & (np.arange(len(rows)) < len(batch))[:, None]
+    return Batch(ids=batch.ids[rows], loss_mask=loss_mask, documents=batch.documents[rows])
 
 
 @torch.inference_mode()

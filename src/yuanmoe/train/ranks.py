@@ -1,0 +1,184 @@
+"""The ranks of a training run: who this one is, whom it shares what with, and what all of them agree on.
+
+Data ranks see different windows. `ep` neighbouring data ranks hold all experts together, so that those `ep` apart hold
+the same ones. A run of one process is `ALONE`, for which all of this does nothing.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, Self, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from yuanmoe.checkpoint.load import usable_device
+from yuanmoe.errors import ResourceError
+from yuanmoe.plan.layout import Layout
+
+TIMEOUT = timedelta(minutes=10)
+"""After so long without an answer a rank takes the others to be dead. A save, a sample or a first compilation of one
+rank may take minutes."""
+
+
+class _Rows(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> Self: ...
+
+
+_RowsT = TypeVar("_RowsT", bound=_Rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This rank among the others."""
+
+    rank: int = 0
+    size: int = 1
+    layout: Layout | None = None
+    data: ProcessGroup | None = None
+    """All that see other windows; None where there is no other."""
+    experts: ProcessGroup | None = None
+    """Those that hold the experts together; None where this rank has them all."""
+    replicas: ProcessGroup | None = None
+    """Those that hold the same experts; None where there is no other."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one shows, logs and writes."""
+        return self.rank == 0
+
+    @property
+    def sharding(self) -> str:
+        return "replicated" if self.layout is None else self.layout.sharding
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether ranks hold something of the optimizer that others lack."""
+        return self.size > 1 and (self.sharding != "replicated" or self.experts is not None)
+
+    def share(self, rows: _RowsT) -> _RowsT:
+        """This rank's part of rows that the ranks divide."""
+        share = len(rows) // self.size
+        return rows[self.rank * share : (self.rank + 1) * share]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over the ranks, in place."""
+        if self.data is not None:
+            dist.all_reduce(values, group=self.data)
+        return values
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Small tensors summed in one message, exact for whole numbers below 2^53."""
+        if self.data is None:
+            return list(tensors)
+        flat = self.sum(torch.cat([tensor.detach().flatten().double() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(like.shape).to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
+
+    def first(self, number: float) -> float:
+        """What the leading rank says."""
+        if self.data is None:
+            return number
+        said = torch.tensor(number, dtype=torch.float64)
+        dist.broadcast(said, 0, group=self.data)
+        return said.item()
+
+    def most(self, number: int) -> int:
+        """The highest that any rank says."""
+        if self.data is None:
+            return number
+        said = torch.tensor(number)
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self.data)
+        return int(said)
+
+    def all(self, said: Any, group: ProcessGroup | None = None) -> list[Any]:
+        """What every rank says, in order."""
+        if self.data is None:
+            return [said]
+        heard: list[Any] = [None] * self.size
+        dist.all_gather_object(heard, said, group=group or self.data)
+        return heard
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.all(None)
+
+
+ALONE = Ranks()
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_place() -> tuple[int, int]:
+    """This process among those of its machine, and their number."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(layout: Layout, device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun started, in this layout, until the block ends."""
+    if world_size() == 1:
+        yield Ranks(layout=layout)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # What is agreed on lies in the CPU's memory, whatever the model computes on.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    yield grouped(layout)
+    # Not after an error: the others may be waiting for this rank, and torchrun ends them.
+    dist.destroy_process_group()
+
+
+def grouped(layout: Layout) -> Ranks:
+    """The ranks of the default process group in this layout."""
+    rank, size, ep = dist.get_rank(), dist.get_world_size(), layout.experts
+    assert size == layout.data * layout.stages, "the layout was made for these ranks"
+    experts = [range(first, first + ep) for first in range(0, size, ep)]
+    replicas = [range(first, size, ep) for first in range(ep)]
+    return Ranks(
+        rank=rank,
+        size=size,
+        layout=layout,
+        data=dist.group.WORLD if size > 1 else None,
+        experts=_own(experts, rank),
+        replicas=_own(replicas, rank),
+    )
+
+
+def _own(groups: Sequence[range], rank: int) -> ProcessGroup | None:
+    """The group that has this rank; all ranks make all groups, in the same order."""
+    if len(groups) == 1:
+        return dist.group.WORLD if len(groups[0]) > 1 else None
+    if len(groups[0]) == 1:
+        return None
+    made = [new_group(list(members)) for members in groups]
+    return next(group for group, members in zip(made, groups, strict=True) if rank in members)
+
+
+def new_group(
+    members: list[int] | None = None, backend: str | None = None, timeout: timedelta = TIMEOUT
+) -> ProcessGroup:
+    """A group of these ranks, or of all; every rank makes every group."""
+    return cast(ProcessGroup, dist.new_group(members, timeout, backend))
+
+
+def local_device(name: str | None) -> torch.device:
+    """Where this process computes: what was asked for, or a GPU of its own where there is one."""
+    place, local = local_place()
+    kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind != "cuda" or local == 1:
+        return usable_device(name)
+    if local > torch.cuda.device_count():
+        raise ResourceError(
+            f"{local} processes want a GPU each, this machine has {torch.cuda.device_count()}; start fewer with "
+            "--nproc-per-node, or add --device cpu"
+        )
+    return torch.device("cuda", place)

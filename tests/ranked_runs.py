@@ -1,0 +1,45 @@
+"""Whole runs on several ranks, for tests; in a file of its own, which those processes can import."""
+
+import torch
+
+from small_runs import batches, heldout
+from yuanmoe.checkpoint.native_config import Origin, parse_dtype
+from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.train.checkpoint import Checkpoints, newest, read_facts, snapshot
+from yuanmoe.train.layout import laid_out, layout_of
+from yuanmoe.train.loop import Training
+from yuanmoe.train.ranks import ALONE, grouped
+from yuanmoe.train.shard import ready_to_use, sharded
+from yuanmoe.train.start import loaded_model, new_model
+from yuanmoe.train.state import Stored
+
+
+def run(made, words, size, folder, steps, resume=False):
+    """So many steps in this layout, saved in `folder`: what each said, without times; `words` are None for a process
+    alone."""
+    ranks = ALONE if words is None else grouped(layout_of(words, size, made))
+    computed = made if ranks.layout is None else laid_out(made, ranks.layout)
+    place = newest(folder) if resume else None
+    model = new_model(computed) if place is None else loaded_model(computed, open_checkpoint(place))
+    training = Training(sharded(model, ranks), computed, batches(made), heldout(), ranks)
+    if place is not None:
+        training.load(Stored(place), read_facts(place))
+    said = []
+    for _ in range(steps):
+        progress = training.advance()
+        said.append(
+            (progress.loss, progress.gradient_norm, progress.balance_loss, progress.heldout_loss, progress.load)
+        )
+    with Checkpoints(folder, keep_last=9, ranks=ranks) as kept:
+        dtype = parse_dtype(made.run.dtype)
+        kept.save(snapshot(training.model, training.tensors(), training.facts(), Origin(), ranks, dtype))
+        kept.finish()
+    return said
+
+
+def scores_in_use(made, words, size):
+    """Logits of the model as samples use it: a prompt, then a token after it."""
+    model = sharded(new_model(made), grouped(layout_of(words, size, made)))
+    ids = torch.arange(5)[None] + 3
+    with ready_to_use(model), torch.inference_mode():
+        return model(ids).logits
