@@ -26,6 +26,7 @@ from yuanmoe.engine.score import score
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.lora import detach
 from yuanmoe.plan.cost import Precision
+from yuanmoe.shipped import model_folder
 
 Prompt = str | list[int]
 """A text to continue, or token ids."""
@@ -211,7 +212,7 @@ def load(
     adapter: str | Path | None = None,
     **changes: Any,
 ) -> LanguageModel:
-    """Opens a checkpoint of any format, quantized ones included, with its tokenizer.
+    """Opens a checkpoint of any format, quantized ones included, with its tokenizer; `small` is the shipped model.
 
     `dtype` is the checkpoint's own unless one is named (float32 for a quantized one on a CPU); `device` is a GPU where
     there is one. `kv_dtype` is that of cached keys and values: `int8` halves what a long context takes and reads;
@@ -225,6 +226,7 @@ def load(
         kv_dtype = parse_kv_dtype(kv_dtype)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = model_folder(path)
     # Looked at before the weights take their time and memory.
     source = open_checkpoint(path)
     tokenizer = load_tokenizer(path)

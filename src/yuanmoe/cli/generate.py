@@ -17,6 +17,7 @@ from yuanmoe.cli.conversation import Conversation
 from yuanmoe.cli.experts import as_json, chosen_layer, coloured_writer, show_loads
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.errors import UsageError
+from yuanmoe.shipped import CARD, SMALL, model_folder, small_folder
 
 if TYPE_CHECKING:
     from yuanmoe.lm import Completion, LanguageModel, Stream
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
 NEW_TOKENS = 256
 """Where nothing else is asked for."""
 
-Model = Annotated[Path, typer.Option(help="Directory of a checkpoint, of any format.")]
+_MODEL = typer.Option(
+    metavar="<path>",
+    parser=model_folder,
+    help=f"Directory of a checkpoint, of any format; {SMALL} is the one that comes with yuanmoe.",
+)
+Model = Annotated[Path, _MODEL]
+OptionalModel = Annotated[Path | None, _MODEL]
 Adapter = Annotated[Path | None, typer.Option(help="Directory of an adapter of this model, as LoRA writes it.")]
 Prompt = Annotated[str | None, typer.Argument(help="Text to continue; by default stdin.")]
 PromptFile = Annotated[Path | None, typer.Option(help="A file that holds the prompt.")]
@@ -59,8 +66,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 
 def generate(
-    model: Model,
     prompt: Prompt = None,
+    model: OptionalModel = None,
     adapter: Adapter = None,
     prompt_file: PromptFile = None,
     suffix: Suffix = None,
@@ -81,7 +88,10 @@ def generate(
     expert_layer: ExpertLayer = None,
     json_only: Json = False,
 ) -> None:
-    """Complete a text. Ctrl-C ends it early and keeps what was said."""
+    """Complete a text. Ctrl-C ends it early and keeps what was said.
+
+    Without --model the small model that comes with yuanmoe does, which knows some Python and nothing else.
+    """
     sampling = {
         "temperature": temperature,
         "top_k": top_k,
@@ -93,6 +103,9 @@ def generate(
     if temperature == 0:
         _check_greedy(sampling)
     text = _read_prompt(prompt, prompt_file)
+    if model is None:
+        model = small_folder()
+        print(f"no --model: the small one that comes with yuanmoe completes Python ({model / CARD})", file=sys.stderr)
     lm = _load(model, adapter, dtype, kv_dtype, device, threads)
     ids = _prompt_ids(lm, text, suffix, instruct)
     if max_new_tokens is None:
