@@ -26,6 +26,7 @@ from yuanmoe.engine.score import score
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.lora import detach
 from yuanmoe.plan.cost import Precision
+from yuanmoe.shipped import model_folder
 
 Prompt = str | list[int]
 """A text to continue, or token ids."""
@@ -248,6 +249,7 @@ def open_model(
     if isinstance(kv_dtype, str):
         kv_dtype = parse_kv_dtype(kv_dtype)
     settings = {"dtype": dtype, "kv_dtype": kv_dtype, "device": usable_device(device)} | changes
+    path = model_folder(path)
     source = open_checkpoint(path, ignore_unknown=ignore_unknown)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, source.config.vocab_size, source.config.eod_token_id)
@@ -266,7 +268,7 @@ def load(
     ignore_unknown: bool = False,
     **changes: Any,
 ) -> LanguageModel:
-    """Opens a checkpoint of any format, quantized ones included, with its tokenizer.
+    """Opens a checkpoint of any format, quantized ones included, with its tokenizer; `small` is the shipped model.
 
     `dtype` is the checkpoint's own unless one is named (float32 for a quantized one on a CPU); `device` is a GPU where
     there is one. `kv_dtype` is that of cached keys and values: `int8` halves what a long context takes and reads;

@@ -67,7 +67,15 @@ def test_completions_show_their_experts(first):
         counts = [sum(layer.values()) for layer in completion["tokens_by_expert"]]
         assert len(set(counts)) == 1
         assert counts[0] > 0
-    assert seen.count("\nlayer ") == len(counts)
+    assert seen.count("\nlayer ") == 4 + len(counts), "the shipped model has four layers"
+
+
+def test_the_shipped_model_answers_before_anything_is_made(first):
+    _, seen, result = first
+    assert [shipped["prompt"] for shipped in result["shipped"]] == [one["prompt"] for one in result["completions"]]
+    before = seen[: seen.index("  corpus ")]
+    for shipped in result["shipped"]:
+        assert shipped["text"].strip().splitlines()[0] in before
 
 
 def test_a_second_run_reuses_everything_and_a_changed_setting_only_what_is_before_it(first):
@@ -82,7 +90,7 @@ def test_a_second_run_reuses_everything_and_a_changed_setting_only_what_is_befor
 def test_the_commands_it_names_work(first):
     folder, seen, _ = first
     commands = [shlex.split(line) for line in seen.split("Next\n")[1].splitlines()]
-    assert [command[3] for command in commands] == ["generate", "inspect", "plan"]
+    assert [command[3] for command in commands] == ["generate", "generate", "inspect", "plan"]
     for interpreter, *arguments in commands:
         assert interpreter == os.path.basename(sys.executable)
         assert run(sys.executable, *arguments, cwd=folder).stdout

@@ -9,10 +9,19 @@ import typer
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.progress import bytes_progress
 from yuanmoe.plan.sizes import format_size, parse_size
+from yuanmoe.shipped import SMALL, model_folder
+
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        parser=model_folder,
+        help=f"A checkpoint directory of any format; {SMALL} is the one that comes with yuanmoe.",
+    ),
+]
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="A checkpoint directory of any format.")],
+    src: Checkpoint,
     dst: Annotated[Path, typer.Argument(help="The directory to write.")],
     to: Annotated[
         Literal["native", "official"], typer.Option(help="Ours, which loads without copying, or Hugging Face's.")
@@ -62,7 +71,7 @@ def convert(
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint directory of any format.")],
+    path: Checkpoint,
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="Go on where config keys or tensors are unknown.")
     ] = False,

@@ -1,4 +1,4 @@
-"""`yuanmoe demo`: from the Python standard library to a small Yuan MoE that completes code, on this machine alone.
+"""`yuanmoe demo`: the shipped model completes code, then another is made from the Python standard library, here.
 
 Its stages are kept in one folder and not done twice. Not here: what they do (`demo_stages.py`), how completions and
 their experts look (`showcase.py`).
@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +17,9 @@ from rich.console import Console
 from yuanmoe.cli.demo_stages import Work, works
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.stages import Stage, Stages
-from yuanmoe.plan.sizes import parse_size
+from yuanmoe.plan import cost
+from yuanmoe.plan.sizes import format_count, parse_size
+from yuanmoe.shipped import SMALL
 from yuanmoe.train.recipes import CODE_PROMPTS, nano
 
 SAMPLING = {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 0}
@@ -32,7 +34,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the model's start and the order of its text.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do everything again.")] = False,
 ) -> None:
-    """Train a small Yuan MoE on Python's standard library, here and now, and let it complete code.
+    """Let the small model complete code; then train a smaller one on Python's standard library, here and now.
 
     What an earlier run finished is reused. Ctrl-C ends the training early and goes on with what was learned.
     """
@@ -40,20 +42,31 @@ def demo(
     recipe = nano().replace("schedule", max_seconds=seconds).replace("run", seed=seed, prompts=())
     max_bytes = None if corpus_size is None else parse_size(corpus_size)
     console = people()
-    console.print("[bold]A small Yuan MoE, from the Python on this machine to code completion[/]\n")
+    shipped = _complete(SMALL, console)
+    console.print("\n[bold]Now another one, from the Python on this machine to code completion[/]\n")
     stages = Stages(out, fresh=fresh)
     done = {work.name: _run(stages, work, out, console) for work in works(out, recipe, max_bytes, console)}
+    completions = _complete(out / "model", console)
+    _say_next(console, out)
+    result = {"command": "demo", "out": str(out), "reused": [name for name, stage in done.items() if stage.reused]}
+    found = {name: stage.summary for name, stage in done.items()}
+    print_result(result | found | {"shipped": shipped, "completions": completions})
+
+
+def _complete(model: str | Path, console: Console) -> list[dict[str, Any]]:
+    """What a model makes of the prompts, shown with its experts; and the same for programs."""
     with console.status("completing code"):
         from yuanmoe.cli.showcase import as_json, show_completions
         from yuanmoe.lm import load
 
-        lm = load(out / "model", device="cpu")
+        start = time.monotonic()
+        lm = load(model, device="cpu")
         completions = lm.generate_batch(CODE_PROMPTS, routing=True, **SAMPLING)
+        seconds = time.monotonic() - start
+    total = format_count(sum(cost.parameters(lm.config).values()))
+    console.print(f"[bold]{model}[/]: {total} parameters, loaded and asked in {seconds:.1f} s", soft_wrap=True)
     show_completions(console, lm, CODE_PROMPTS, completions)
-    _say_next(console, out)
-    result = {"command": "demo", "out": str(out), "reused": [name for name, stage in done.items() if stage.reused]}
-    found = {name: stage.summary for name, stage in done.items()}
-    print_result(result | found | {"completions": as_json(lm, CODE_PROMPTS, completions)})
+    return as_json(lm, CODE_PROMPTS, completions)
 
 
 def _run(stages: Stages, work: Work, out: Path, console: Console) -> Stage:
@@ -67,10 +80,11 @@ def _run(stages: Stages, work: Work, out: Path, console: Console) -> Stage:
 
 
 def _say_next(console: Console, out: Path) -> None:
-    """Three commands that work from here."""
+    """Commands that work from here."""
     program, model = _program(), out / "model"
     console.print("\n[bold]Next[/]")
     for arguments in (
+        'generate "def main():" --show-experts',
         f'generate --model {model} "def main():" --temperature 0.5 --show-experts',
         f"inspect --model {model} --text {os.__file__} --html {out / 'experts.html'}",
         "plan M32 --bits 4 --ram 24GiB",

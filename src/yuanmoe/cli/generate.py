@@ -17,6 +17,7 @@ from yuanmoe.cli.conversation import Conversation
 from yuanmoe.cli.experts import as_json, chosen_layer, coloured_writer, show_loads
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.errors import UsageError
+from yuanmoe.shipped import CARD, SMALL, model_folder, small_folder
 
 if TYPE_CHECKING:
     from yuanmoe.data.tokenizer import Tokenizer
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 NEW_TOKENS = 256
 """Where nothing else is asked for."""
 
-Model = Annotated[Path, typer.Option(help="Directory of a checkpoint, of any format.")]
+_MODEL = typer.Option(
+    metavar="<path>",
+    parser=model_folder,
+    help=f"Directory of a checkpoint, of any format; {SMALL} is the one that comes with yuanmoe.",
+)
+Model = Annotated[Path, _MODEL]
+OptionalModel = Annotated[Path | None, _MODEL]
 Adapter = Annotated[Path | None, typer.Option(help="Directory of an adapter of this model, as LoRA writes it.")]
 Prompt = Annotated[str | None, typer.Argument(help="Text to continue; by default stdin.")]
 PromptFile = Annotated[Path | None, typer.Option(help="A file that holds the prompt.")]
@@ -60,8 +67,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 
 def generate(
-    model: Model,
     prompt: Prompt = None,
+    model: OptionalModel = None,
     adapter: Adapter = None,
     prompt_file: PromptFile = None,
     suffix: Suffix = None,
@@ -82,7 +89,10 @@ def generate(
     expert_layer: ExpertLayer = None,
     json_only: Json = False,
 ) -> None:
-    """Complete a text. Ctrl-C ends it early and keeps what was said."""
+    """Complete a text. Ctrl-C ends it early and keeps what was said.
+
+    Without --model the small model that comes with yuanmoe does, which knows some Python and nothing else.
+    """
     sampling = {
         "temperature": temperature,
         "top_k": top_k,
@@ -97,6 +107,9 @@ def generate(
         raise UsageError("--suffix and --instruct exclude each other: a question has no text after its answer")
     text = _read_prompt(prompt, prompt_file)
     _check_answer(sampling | {"max_new_tokens": max_new_tokens}, stop)
+    if model is None:
+        model = small_folder()
+        print(f"no --model: the small one that comes with yuanmoe completes Python ({model / CARD})", file=sys.stderr)
     opened = _open(model, adapter, dtype, kv_dtype, device, threads)
     show_experts = show_experts or expert_layer is not None
     place = chosen_layer(opened.config, expert_layer) if show_experts else None

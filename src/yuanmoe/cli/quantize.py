@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from yuanmoe.cli.convert import Checkpoint
 from yuanmoe.cli.generate import Threads
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.progress import bytes_progress, tokens_progress
@@ -28,7 +29,7 @@ EVAL_TOKENS = 8192
 
 
 def quantize(
-    src: Annotated[Path, typer.Argument(help="A checkpoint directory of any format.")],
+    src: Checkpoint,
     dst: Annotated[Path, typer.Argument(help="The directory to write.")],
     bits: Annotated[
         int | None, typer.Option(help="4 or 8, of experts and projections. [default: 4, or as in GPTQ files]")
