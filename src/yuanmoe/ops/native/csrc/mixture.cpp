@@ -138,8 +138,8 @@ class Bfloat16Experts {
           x_(x),
           tokens_(plan.choices.size(), gate_up.columns),
           hidden_(plan.choices.size(), down.columns),
-          gated_parts_(work_parts(down.columns, gate_up.columns * 4, call.threads)),
-          down_parts_(work_parts(down.rows, down.columns * 2, call.threads)) {}
+          gated_parts_(work_parts(down.columns, gate_up.columns * 4 / passes(plan), call.threads)),
+          down_parts_(work_parts(down.rows, down.columns * 2 / passes(plan), call.threads)) {}
 
     int64_t gated_units() const { return gated_parts_.parts; }
     int64_t down_units() const { return down_parts_.parts; }
@@ -181,6 +181,11 @@ class Bfloat16Experts {
         for (int64_t t = 0; t < tiles.parts; ++t)
             for (int64_t row = parts.begin(unit); row < parts.end(unit); row += kRowsAtOnce)
                 body(first.first + tiles.begin(t), tiles.size(t), row, std::min(kRowsAtOnce, parts.end(unit) - row));
+    }
+    // Experts that meet many tokens are cut into larger parts, so that the kernel has enough rows at once.
+    static int64_t passes(const Plan& plan) {
+        const int64_t jobs = plan.jobs.size(), choices = plan.choices.size();
+        return std::clamp<int64_t>(choices / std::max<int64_t>(1, jobs), 1, 16);
     }
     static const uint16_t* row_of(const Bfloat16& weight, int64_t matrix, int64_t row) {
         return weight.values + (matrix * weight.rows + row) * weight.columns;
