@@ -10,6 +10,7 @@ from yuanmoe.train.layout import laid_out, layout_of
 from yuanmoe.train.loop import Training
 from yuanmoe.train.ranks import ALONE, grouped
 from yuanmoe.train.shard import ready_to_use, sharded
+from yuanmoe.train.stages import EMBEDDING
 from yuanmoe.train.start import loaded_model, new_model
 from yuanmoe.train.state import Stored
 
@@ -43,3 +44,12 @@ def scores_in_use(made, words, size):
     ids = torch.arange(5)[None] + 3
     with ready_to_use(sharded(new_model(made), ranks), ranks) as model, torch.inference_mode():
         return None if model is None else model(ids).logits
+
+
+def embedding_after(made, words, size, steps):
+    """The embedding as this rank has it after so many steps."""
+    ranks = grouped(layout_of(words, size, made), made.model)
+    training = Training(sharded(new_model(made), ranks), laid_out(made, ranks.layout), batches(made), None, ranks)
+    for _ in range(steps):
+        training.advance()
+    return training.model.get_parameter(EMBEDDING).detach()
