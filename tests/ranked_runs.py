@@ -10,14 +10,15 @@ from yuanmoe.train.layout import laid_out, layout_of
 from yuanmoe.train.loop import Training
 from yuanmoe.train.ranks import ALONE, grouped
 from yuanmoe.train.shard import ready_to_use, sharded
+from yuanmoe.train.stages import EMBEDDING
 from yuanmoe.train.start import loaded_model, new_model
 from yuanmoe.train.state import Stored
 
 
-def run(made, words, size, folder, steps, resume=False):
+def run(made, words, size, folder, steps, resume=False, layers=None):
     """So many steps in this layout, saved in `folder`: what each said, without times; `words` are None for a process
-    alone."""
-    ranks = ALONE if words is None else grouped(layout_of(words, size, made))
+    alone, `layers` those of each stage."""
+    ranks = ALONE if words is None else grouped(layout_of(words, size, made, layers), made.model)
     computed = made if ranks.layout is None else laid_out(made, ranks.layout)
     place = newest(folder) if resume else None
     model = new_model(computed) if place is None else loaded_model(computed, open_checkpoint(place))
@@ -39,7 +40,16 @@ def run(made, words, size, folder, steps, resume=False):
 
 def scores_in_use(made, words, size):
     """Logits of the model as samples use it: a prompt, then a token after it."""
-    model = sharded(new_model(made), grouped(layout_of(words, size, made)))
+    ranks = grouped(layout_of(words, size, made), made.model)
     ids = torch.arange(5)[None] + 3
-    with ready_to_use(model), torch.inference_mode():
-        return model(ids).logits
+    with ready_to_use(sharded(new_model(made), ranks), ranks) as model, torch.inference_mode():
+        return None if model is None else model(ids).logits
+
+
+def embedding_after(made, words, size, steps):
+    """The embedding as this rank has it after so many steps."""
+    ranks = grouped(layout_of(words, size, made), made.model)
+    training = Training(sharded(new_model(made), ranks), laid_out(made, ranks.layout), batches(made), None, ranks)
+    for _ in range(steps):
+        training.advance()
+    return training.model.get_parameter(EMBEDDING).detach()

@@ -1,16 +1,18 @@
 """The program under torchrun: a signal to all of its processes saves at one step, and what goes on may have fewer."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from small_runs import arguments, write_tokens
+from small_runs import FIELDS_OF_TIME, arguments, write_tokens
 from yuanmoe.runs import read_metrics
-from yuanmoe.train.checkpoint import steps
+from yuanmoe.train.checkpoint import newest, steps
 
 LONG = ("schedule.max_tokens=128000", "run.prompts=[]", "run.milestones=1")
 
@@ -26,14 +28,24 @@ def torchrun(ranks, args, log):
         return subprocess.Popen([*program, "-m", "yuanmoe", *args], stdout=said, stderr=subprocess.STDOUT)
 
 
-def test_sigterm_saves_on_all_ranks_and_one_process_goes_on(data, tmp_path):
-    folder, log = tmp_path / "run", tmp_path / "log"
-    run = torchrun(2, arguments(data, folder, "--layout", "dp2 fsdp", settings=LONG), log)
+def ranks_of(run):
+    """The processes that torchrun started."""
+    return [int(rank) for rank in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+
+
+def until_steps(run, folder, count, log):
+    """Waits until the run has logged so many."""
     deadline = time.monotonic() + 60
-    while len(read_metrics(folder)) < 5:
+    while len(read_metrics(folder)) < count:
         assert run.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
+
+
+def test_sigterm_saves_on_all_ranks_and_one_process_goes_on(data, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    run = torchrun(2, arguments(data, folder, "--layout", "dp2 fsdp", settings=LONG), log)
+    until_steps(run, folder, 5, log)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) != 0
     done = len(read_metrics(folder))
@@ -46,6 +58,33 @@ def test_sigterm_saves_on_all_ranks_and_one_process_goes_on(data, tmp_path):
     assert json.loads(found.stdout.splitlines()[-1])["steps"] == done + 2
     said = [line for line in found.stderr.splitlines() if line.startswith("changed: ")]
     assert said == [f"changed: schedule.max_tokens was 128000, is {64 * (done + 2)}"]
+
+
+def test_a_pipeline_that_was_killed_ends_as_one_that_was_not(data, tmp_path):
+    options = ("--layout", "pp2 mb1", "--stages", "1,2")
+    settings = ("model.num_hidden_layers=3", "run.checkpoint_steps=3")
+    whole, folder, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert torchrun(2, arguments(data, whole, *options, settings=settings), log).wait(60) == 0, log.read_text()
+    run = torchrun(2, arguments(data, folder, *options, settings=settings), log)
+    until_steps(run, folder, 7, log)
+    for rank in ranks_of(run):
+        os.kill(rank, signal.SIGKILL)
+    assert run.wait(60) != 0
+    assert 3 <= steps(folder / "checkpoints")[-1] < 20
+    again = torchrun(2, arguments(data, folder, *options, "--resume", settings=settings), log)
+    assert again.wait(60) == 0, log.read_text()
+    assert "stages of 1,2 layers" in log.read_text()
+    found, expected = newest(folder / "checkpoints"), newest(whole / "checkpoints")
+    for name in ("model.safetensors", "training-00001-of-00002.safetensors", "training-00002-of-00002.safetensors"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    lines, others = read_metrics(folder), read_metrics(whole)
+    assert [untimed(line) for line in lines] == [untimed(line) for line in others]
+    assert len(lines[-1]["balance"]) == 3
+
+
+def untimed(line):
+    return {name: value for name, value in line.items() if name not in FIELDS_OF_TIME}
 
 
 def test_a_layout_for_other_processes_is_refused(data, tmp_path):

@@ -23,10 +23,11 @@ from yuanmoe.data.pack import pack_texts
 from yuanmoe.data.packed import PackedTokens
 from yuanmoe.errors import CheckpointError, DataError, ResourceError, TokenizerError, TrainingError
 from yuanmoe.runs import read_metrics
-from yuanmoe.train import guard, loop
+from yuanmoe.train import guard
 from yuanmoe.train.checkpoint import Checkpoints, newest, read_facts, snapshot, steps, surplus
 from yuanmoe.train.data import open_data
 from yuanmoe.train.meter import read
+from yuanmoe.train.passes import Passes
 from yuanmoe.train.recipes import named
 from yuanmoe.train.settings import override
 from yuanmoe.train.start import new_model
@@ -56,7 +57,7 @@ def seen(console):
 
 def spoil(monkeypatch, **fields):
     """The step after `BAD_STEP` steps sees this loss."""
-    learn = loop.learn
+    learn = Passes.learn
     calls = []
 
     def spoiled(*args):
@@ -64,7 +65,7 @@ def spoil(monkeypatch, **fields):
         learned = learn(*args)
         return dataclasses.replace(learned, **fields) if len(calls) == BAD_STEP + 1 else learned
 
-    monkeypatch.setattr(loop, "learn", spoiled)
+    monkeypatch.setattr(Passes, "learn", spoiled)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

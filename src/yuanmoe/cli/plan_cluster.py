@@ -15,7 +15,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster import Plan, Request, equation_4_s, model_flops, model_flops_utilization, nearest, rank
 from yuanmoe.plan.devices import Device
-from yuanmoe.plan.layout import Training
+from yuanmoe.plan.layout import Training, read_stages
 from yuanmoe.plan.nodes import Cluster, wires_of
 from yuanmoe.plan.relief import remedies
 from yuanmoe.plan.sizes import GIB, format_count, format_size, parse_rate
@@ -65,15 +65,8 @@ def request_of(config: ModelConfig, device: Device, devices_per_node: int, wishe
         training=Training(config=config, sequence_length=length, global_batch=batch),
         cluster=cluster,
         words=tuple(wishes.layout.lower().split()),
-        stages=None if wishes.stages is None else _stages(wishes.stages),
+        stages=None if wishes.stages is None else read_stages(wishes.stages),
     )
-
-
-def _stages(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"stages {text!r} is not a list of numbers such as 2,3,3,2") from error
 
 
 def cluster_report(name: str, request: Request, tokens: float | None) -> dict[str, Any]:

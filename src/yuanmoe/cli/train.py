@@ -65,6 +65,9 @@ def train(
     layout: Annotated[
         str, typer.Option(help="Under torchrun who does what, as `plan --cluster` says it: 'dp4 ep2 fsdp mb1 full'.")
     ] = "",
+    stages: Annotated[
+        str | None, typer.Option(help="Layers of each stage of a pipeline, such as 2,3,3; balanced by default.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")] = 0,
 ) -> None:
@@ -82,7 +85,8 @@ def train(
     texts = _Texts(data=read_places(data), heldout=heldout or [], tokenizer=tokenizer)
     if resolved.lora and weights is None:
         raise UsageError("LoRA adapts a model that is there: name its checkpoint with --init, in 4 bits or whole")
-    chosen = layout_of(layout, int(os.environ.get("WORLD_SIZE", "1")), resolved)
+    chosen = layout_of(layout, int(os.environ.get("WORLD_SIZE", "1")), resolved, stages)
+    _print_layout(console, chosen)
     place = _Place(out or Path("runs") / recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     found = _train(place, resolved, chosen, weights, texts, device, threads, console)
     if leads:
@@ -171,7 +175,7 @@ def _train(
     place_of_rank = local_device(device)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_place()[1]))
     opened = open_data(texts.data, recipe, heldout=texts.heldout, tokenizer=texts.tokenizer)
-    with joined(layout, place_of_rank) as ranks:
+    with joined(layout, recipe.model, place_of_rank) as ranks:
         checkpoint = _checkpoint(place, recipe, opened.identity, ranks, console)
         _check_memory(recipe, weights, place_of_rank.type, ranks)
         job = _job(place, recipe, weights, opened, checkpoint, place_of_rank, ranks, console)
@@ -280,9 +284,11 @@ def _check_memory(recipe: Recipe, weights: "Source | None", device: str, ranks: 
     parameters = sum(cost.parameters(recipe.model).values())
     state, weight = STATE_BYTES[recipe.run.dtype], WEIGHT_BYTES[recipe.run.dtype]
     if ranks.sharding == "optimizer":
-        state = SUMMED_BYTES[recipe.run.dtype] + (state - SUMMED_BYTES[recipe.run.dtype]) / ranks.size
+        state = SUMMED_BYTES[recipe.run.dtype] + (state - SUMMED_BYTES[recipe.run.dtype]) / ranks.num_data
     elif ranks.sharding == "fsdp":
         state = max(weight, 16 / ranks.size)
+    if ranks.stages is not None:
+        state = max(weight, state * max(ranks.stages.layers) / recipe.model.num_hidden_layers)
     needed = parameters * state * local_place()[1]
     if recipe.lora and weights:
         from yuanmoe.cli.lora import num_adapted
@@ -297,6 +303,13 @@ def _check_memory(recipe: Recipe, weights: "Source | None", device: str, ranks: 
             f"weights, gradients and moments, {format_size(free)} of RAM are free; take a smaller recipe or a larger "
             "machine"
         )
+
+
+def _print_layout(console: Console, layout: Layout) -> None:
+    """Who does what, where there are several."""
+    if layout.data * layout.stages > 1:
+        layers = f", stages of {','.join(map(str, layout.layers))} layers" if layout.layers else ""
+        console.print(f"layout {' '.join(layout.words)}{layers}", markup=False, soft_wrap=True)
 
 
 def _print_recipe(console: Console, name: str, recipe: Recipe) -> None:

@@ -32,8 +32,8 @@ from yuanmoe.train.meter import Reading, bits_per_byte, flops_per_token, metrics
 from yuanmoe.train.ranks import ALONE, Ranks
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.shard import ready_to_use
+from yuanmoe.train.stages import state_dtype
 from yuanmoe.train.state import Stored
-from yuanmoe.train.step import evaluate_batch
 
 SAMPLE_WINDOWS = 256
 """Held-out windows, spread evenly, that are measured while training goes on; all of them at its end."""
@@ -72,9 +72,9 @@ class Job:
 
 def run_training(job: Job) -> dict[str, Any]:
     """Trains, and says what came of it as JSON values. Raises TrainingError with a saved state where it must stop."""
-    weight, heldout = job.model.model.norm.weight, job.data.heldout
+    weight, heldout = next(job.model.parameters()), job.data.heldout
     with job.console.status("measuring this machine's matrix products"):
-        dtype = parse_dtype(job.recipe.run.dtype) if job.recipe.lora is None else weight.dtype
+        dtype = parse_dtype(job.recipe.run.dtype) if job.recipe.lora is None else state_dtype(job.model)
         peak = matmul_rate(weight.device, dtype, size=1024).high * job.ranks.size
     sample = None if heldout is None else heldout[:: len(heldout) // SAMPLE_WINDOWS + 1]
     training = Training(job.model, job.recipe, job.data.batch, sample, job.ranks)
@@ -85,7 +85,7 @@ def run_training(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = {"interrupted": number != 0, "signal": number} | desk.summary(peak)
     if heldout is not None:
         with job.console.status("measuring on the held-out text"):
-            loss = evaluate_batch(job.model, heldout, weight.device, job.ranks)
+            loss = training.measure(heldout)
         found |= {"heldout_loss": loss} | _bits(loss, job.data)
     if job.ranks.leads:
         write_run_page(job.folder)
@@ -102,7 +102,7 @@ class _Desk(ExitStack):
         self._resumed_at = training.step if job.resumed_from else None
         hint = "Ctrl-C saves and stops" if job.keeps else "Ctrl-C ends it sooner"
         self._view = TrainingView(console=job.console, peak_flops=peak, hint=hint)
-        self._lm = LanguageModel(job.model, load_tokenizer(job.data.tokenizer)) if job.recipe.run.prompts else None
+        self._tokenizer = load_tokenizer(job.data.tokenizer) if job.recipe.run.prompts else None
         self._seconds = self._tokens = 0.0
 
     def __enter__(self) -> "_Desk":
@@ -170,18 +170,21 @@ class _Desk(ExitStack):
 
     def _write_samples(self, step: int) -> None:
         """What the model makes of the recipe's prompts now, always its likeliest tokens."""
-        if self._lm is None:
+        if self._tokenizer is None:
             return
-        run = self.job.recipe.run
-        room = self.job.recipe.model.max_position_embeddings
-        with ready_to_use(self.job.model):
-            for prompt in run.prompts:
-                ids = self._lm.text_ids(prompt)
-                new_tokens = min(run.sample_tokens, room - len(ids))
-                if new_tokens > 0:
-                    text = self._lm.generate(ids, max_new_tokens=new_tokens).text
-                    if self._run is not None:
-                        self._run.sample({"step": step, "prompt": prompt, "text": text})
+        with ready_to_use(self.job.model, self.job.ranks) as model:
+            if model is not None:
+                self._sample(LanguageModel(model, self._tokenizer), step)
+
+    def _sample(self, lm: LanguageModel, step: int) -> None:
+        run, room = self.job.recipe.run, self.job.recipe.model.max_position_embeddings
+        for prompt in run.prompts:
+            ids = lm.text_ids(prompt)
+            new_tokens = min(run.sample_tokens, room - len(ids))
+            if new_tokens > 0:
+                text = lm.generate(ids, max_new_tokens=new_tokens).text
+                if self._run is not None:
+                    self._run.sample({"step": step, "prompt": prompt, "text": text})
 
     def _open_checkpoints(self) -> Checkpoints:
         keep_last, folder = self.job.recipe.run.keep_last, self.job.folder / CHECKPOINTS

@@ -57,6 +57,8 @@ class Layout:
     micro_batch: int
     """Sequences that pass through the pipeline together."""
     checkpointing: Checkpointing
+    layers: tuple[int, ...] = ()
+    """Of each stage, where a list was chosen; no word says it."""
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -125,6 +127,14 @@ def balanced_stages(config: ModelConfig, count: int) -> tuple[int, ...]:
         in_flight=range(count, 0, -1),
     )
     return split(demand, limit_bytes=2.0 * count * num_layers)
+
+
+def read_stages(text: str) -> tuple[int, ...]:
+    """Layers of each stage, as people write them. Raises UsageError for what is no list of numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"stages {text!r} is not a list of numbers such as 2,3,3,2") from error
 
 
 def check_stages(stages: Sequence[int], config: ModelConfig, devices: int) -> None:

@@ -170,7 +170,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._ranks = ranks
         # Threads of all ranks agree beside the training itself, so on a group of their own.
-        self._group = None if ranks.data is None else new_group(backend="gloo", timeout=WRITING)
+        self._group = None if ranks.everyone is None else new_group(backend="gloo", timeout=WRITING)
         folder.mkdir(parents=True, exist_ok=True)
         if ranks.leads:
             for suffix in (".partial", _DROPPED, _PIECES):

@@ -6,7 +6,6 @@ state could be lost. With a budget in tokens, one thread and one seed a run repe
 Legend: L layers with experts, E experts.
 """
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +24,12 @@ from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.train import guard
 from yuanmoe.train.balance import RouterBiases
 from yuanmoe.train.optim import Optimizer
+from yuanmoe.train.passes import Passes
 from yuanmoe.train.ranks import ALONE, Ranks
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.schedule import learning_rate, spent
 from yuanmoe.train.state import Stored
-from yuanmoe.train.step import Learned, StepSize, Windows, evaluate_batch, learn, summed, window_losses
+from yuanmoe.train.step import Learned
 
 RECENT_STEPS = 32
 """Steps that are remembered, for what they say together (`meter`) and to tell a spike (`guard`)."""
@@ -68,7 +68,7 @@ class Training:
     """One run of a model, trained in place on `batch(0)`, `batch(1)` and so on.
 
     The loss on `heldout` is measured at `recipe.run.milestones` even shares of the budget, the last at its end. Of
-    several ranks each learns from its share of every batch, and all of them come to the same progress.
+    several ranks each learns from its share of every batch, in its layers, and all of them come to the same progress.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Training:
         self._batch, self._heldout = batch, heldout
         self._optimizer = Optimizer(model, recipe.optimizer, ranks, parse_dtype(recipe.run.dtype))
         self._biases = RouterBiases(model, recipe.balance.bias_rate)
+        self._passes = Passes(model, ranks)
         self._share, self._milestones = 0.0, 0
         self._began = time.perf_counter()
 
@@ -106,7 +107,8 @@ class Training:
         learned, norm = self._learn()
         self._optimizer.step(rate)
         self._optimizer.zero_grad()
-        self._biases.update(learned.load)
+        stages = self.ranks.stages
+        self._biases.update(learned.load if stages is None else stages.own_load(learned.load))
         step_s = time.perf_counter() - begin
         self.step += 1
         elapsed_s = self.ranks.first(self.elapsed_s)
@@ -124,14 +126,18 @@ class Training:
             gradient_norm=norm,
             load=[load.tolist() for load in learned.load],
             milestone=milestone,
-            heldout_loss=None if milestone is None else self._measure(),
+            heldout_loss=None if milestone is None or self._heldout is None else self.measure(self._heldout),
         )
         self.recent.append(progress)
         return progress
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on besides the model's own, each on one rank alone."""
-        return self._optimizer.tensors() | (self._biases.tensors() if self.ranks.leads else {})
+        return self._optimizer.tensors() | ({} if self.ranks.data_index else self._biases.tensors())
+
+    def measure(self, batch: Batch) -> float:
+        """Mean loss of the windows of `batch` now, in nats a learned token; all ranks take part."""
+        return self._passes.measure(batch)
 
     def facts(self) -> dict[str, Any]:
         """Everything else that it depends on, as JSON values."""
@@ -155,21 +161,14 @@ class Training:
     def _learn(self) -> tuple[Learned, float]:
         """The gradient of the next batch, clipped, and its norm before that."""
         recipe, batch = self.recipe, self._whole_batch()
-        windows = Windows.of(self.ranks.share(batch), self._device)
-        with _randomness([recipe.run.seed, self.step, self.ranks.rank], windows.ids.device):
-            learned = learn(self.model, windows, recipe.data.windows_at_once, recipe.balance, StepSize.of(batch))
-        learned = summed(learned, self.ranks)
+        with _randomness([recipe.run.seed, self.step, self.ranks.rank], self._passes.device):
+            learned = self._passes.learn(batch, recipe.data.windows_at_once, recipe.balance)
         norm = self._optimizer.clip(recipe.optimizer.gradient_clip).item()
         losses = [progress.loss for progress in self.recent]
         if what := guard.fault(learned.loss.item(), norm, losses, recipe.run.spike):
             self._optimizer.zero_grad()
-            each = itertools.chain(*self.ranks.all(window_losses(self.model, windows)))
-            raise guard.failure(self.step + 1, self.step, what, norm, list(each))
+            raise guard.failure(self.step + 1, self.step, what, norm, self._passes.window_losses(batch))
         return learned, norm
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.model.norm.weight.device
 
     def _whole_batch(self) -> Batch:
         """The windows of all ranks."""
@@ -187,11 +186,6 @@ class Training:
         reached = due if due > self._milestones else None
         self._milestones = due
         return reached
-
-    def _measure(self) -> float | None:
-        if self._heldout is None:
-            return None
-        return evaluate_batch(self.model, self._heldout, self._device, self.ranks)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Optimizer:
     def _norm(self) -> Tensor:
         """Of the gradient of all parameters, each element counted once."""
         gradients = [(part.master.grad, part.holders) for part in self._parts.values() if part.master.grad is not None]
-        if self._ranks.data is None:
+        if self._ranks.everyone is None:
             return nn.utils.get_total_norm([gradient for gradient, _ in gradients])
         squares = [gradient.square().sum(dtype=torch.float64) / holders for gradient, holders in gradients]
         return self._ranks.sum(torch.stack(squares).sum()).sqrt().float()

@@ -6,6 +6,9 @@
 | optimizer | a range of the flattened tensor | summed, each rank gets its range | all ranges gathered by all |
 | fsdp | the rows that FSDP2 gave it | were summed by FSDP2 | nothing: FSDP2 gathers weights as they are needed |
 
+Of a pipeline these are the ranks of a stage. Where the embedding is tied, those of the first and the last stage share
+it: its two copies get the same gradient and stay equal to the bit.
+
 A part's master is float32. A parameter in float32 is its own master, or its range is a view of it; one in bfloat16 has
 its master beside it. Gradients are SUMS over ranks: losses are divided by what all ranks learn from.
 Sources: arXiv 1910.02054 (optimizer: its stage 1, fsdp: its stage 3).
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from yuanmoe.train.expert_parallel import is_expert
 from yuanmoe.train.ranks import Ranks
 
 # torch 2.13 renamed both and warns of the old names.
@@ -155,8 +159,7 @@ class RowsPart(Part):
 
 def part_of(name: str, parameter: nn.Parameter, ranks: Ranks, computed_in: torch.dtype) -> Part:
     """This rank's part of a parameter of that name."""
-    is_expert = ranks.experts is not None and ".experts." in name
-    group = ranks.replicas if is_expert else ranks.data
+    group = ranks.group_of(name)
     if isinstance(parameter, DTensor):
         assert group is not None, "rows are those of one rank among others"
         part = RowsPart(parameter, group, computed_in)
@@ -164,8 +167,7 @@ def part_of(name: str, parameter: nn.Parameter, ranks: Ranks, computed_in: torch
         part = RangePart(parameter, group)
     else:
         part = WholePart(parameter, group)
-    if is_expert:
-        assert ranks.experts is not None, "asked above"
+    if ranks.experts is not None and is_expert(name):
         part.start += ranks.experts.rank() * parameter.numel()
         part.is_range = True
     return part

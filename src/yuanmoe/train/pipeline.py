@@ -24,7 +24,7 @@ from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.train.balance import balance_loss
 from yuanmoe.train.recipe import BalanceSettings
 from yuanmoe.train.stages import Stages, state_dtype
-from yuanmoe.train.step import Learned, Windows, expert_load
+from yuanmoe.train.step import Learned, StepSize, Windows, expert_load
 
 Schedule = Literal["1f1b", "gpipe"]
 
@@ -121,10 +121,11 @@ class _Step:
 
     @torch.inference_mode()
     def measure(self, number: int) -> None:
-        """The forward pass alone."""
+        """The forward pass alone. What it makes leaves at once: nobody sends back, so nobody waits in a circle."""
         part = self._parts[number]
         outgoing, _ = self._stages.forward(self._model, self._incoming(part), part, self._count)
         self._pass_on(number, outgoing)
+        self._mail.deliver()
 
     def finish(self) -> None:
         """Sends what is left."""
@@ -155,25 +156,22 @@ def learn_in_pipeline(
     balance: BalanceSettings,
     *,
     schedule: Schedule = "1f1b",
-    count: int | None = None,
-    num_windows: int | None = None,
+    step: StepSize | None = None,
 ) -> Learned:
     """Adds the gradient of the mean loss of `windows` to this stage's weights; what `step.learn` returns, on each rank.
 
-    Where they are a part of more, `count` is the number of tokens learned in all and `num_windows` that of windows: the
-    sums over pipelines are then what one would say.
+    Where they are a pipeline's part of a `step`, the sums over pipelines are what one would say.
     """
-    count = max(windows.num_learned, 1) if count is None else count
-    num_windows = len(windows.ids) if num_windows is None else num_windows
+    step = step or StepSize(len(windows.ids), windows.num_learned)
     parts = list(windows.split(windows_at_once))
-    step = _Step(model, stages, parts, count)
+    work = _Step(model, stages, parts, max(step.learned, 1))
     for kind, number in passes(schedule, stages.index, stages.count, len(parts)):
         if kind == "forward":
-            step.forward(number, balance, num_windows)
+            work.forward(number, balance, step.windows)
         else:
-            step.backward(number)
-    step.finish()
-    return _shared(stages, step)
+            work.backward(number)
+    work.finish()
+    return _shared(stages, work)
 
 
 def losses_in_pipeline(model: YuanForCausalLM, stages: Stages, windows: Windows, windows_at_once: int) -> list[float]:
@@ -184,7 +182,6 @@ def losses_in_pipeline(model: YuanForCausalLM, stages: Stages, windows: Windows,
     step = _Step(model, stages, parts, count=1)
     for number in range(len(parts)):
         step.measure(number)
-    step.finish()
     model.train(training)
     losses = torch.stack(step.losses)
     dist.all_reduce(losses, group=stages.group)

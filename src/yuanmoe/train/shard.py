@@ -1,8 +1,9 @@
 """A model spread over ranks as a layout says, and its weights put together again.
 
-Experts go to their ranks first (`expert_parallel.py`), then FSDP2 shards what is left by rows: each layer is a unit,
-its experts one of their own where they have other replicas, and what is outside of the layers belongs to the whole
-model, whose part stays gathered between `read` and the loss, which needs the output head.
+Layers go to their stages first (`stages.py`), then experts to their ranks (`expert_parallel.py`). Without stages FSDP2
+may shard what is left by rows: each layer is a unit, its experts one of their own where they have other replicas, and
+what is outside of the layers belongs to the whole model, whose part stays gathered between `read` and the loss, which
+needs the output head.
 Under FSDP2 stored weights are float32 masters; the model computes with what its dtype makes of them.
 """
 
@@ -21,12 +22,14 @@ from torch.distributed.tensor import DTensor
 from yuanmoe.checkpoint.mapping import layout
 from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
 from yuanmoe.model.experts import MixtureOfExperts
-from yuanmoe.train.expert_parallel import shard_experts
-from yuanmoe.train.ranks import Ranks
+from yuanmoe.train.expert_parallel import is_expert, shard_experts
+from yuanmoe.train.ranks import ALONE, Ranks
 
 
 def sharded(model: YuanForCausalLM, ranks: Ranks) -> YuanForCausalLM:
     """`model`, the same on all ranks, of which this one then holds what the layout gives it."""
+    if ranks.stages is not None:
+        ranks.stages.cut(model)
     if ranks.experts is not None:
         shard_experts(model, model.config, ranks.experts)
     if ranks.sharding == "fsdp" and ranks.data is not None:
@@ -69,8 +72,14 @@ def _unit(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
 
 
 @contextmanager
-def ready_to_use(model: YuanForCausalLM) -> Iterator[YuanForCausalLM]:
-    """The model as it is in use, without dropout, for what calls its parts; all ranks must make the same passes."""
+def ready_to_use(model: YuanForCausalLM, ranks: Ranks = ALONE) -> Iterator[YuanForCausalLM | None]:
+    """The model as it is in use, without dropout, for what calls its parts; all ranks must make the same passes.
+
+    Of a pipeline the leading rank has a copy of the whole for as long as it is used, and the others have nothing to do.
+    """
+    if ranks.stages is not None:
+        yield _assembled(model, ranks)
+        return
     if isinstance(model, FSDPModule):
         model.unshard()
     model.eval()
@@ -89,18 +98,50 @@ def whole_weights(model: YuanForCausalLM, ranks: Ranks, dtype: torch.dtype) -> d
         model.reshard()
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     whole: dict[str, Tensor] = {}
-    for name in layout(model.config).native:
-        tensor = _whole(name, state[name].detach(), ranks)
+    for name, shape in layout(model.config).native.items():
+        stored = state.get(name)
+        tensor = None if stored is None else _whole(name, stored.detach(), ranks)
+        if ranks.stages is not None and (holder := ranks.stages.holder(name)):
+            tensor = _brought(tensor, holder, shape, model, ranks)
         if ranks.leads:
-            rounded = tensor.to(dtype) if isinstance(state[name], DTensor) else tensor
+            assert tensor is not None, "the leading rank has it, or was brought it"
+            rounded = tensor.to(dtype) if isinstance(stored, DTensor) else tensor
             whole[name] = rounded.to("cpu", copy=True)
     return whole
+
+
+def _brought(
+    tensor: Tensor | None, holder: int, shape: tuple[int, ...], model: YuanForCausalLM, ranks: Ranks
+) -> Tensor | None:
+    """A weight of another stage on the leading rank, which it goes to from the first data rank of that stage."""
+    stages = ranks.stages
+    assert stages is not None, "weights travel between stages"
+    if ranks.leads:
+        like = next(model.parameters())
+        tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+        dist.recv(tensor, group=stages.group, group_src=holder)
+    elif stages.index == holder and not ranks.data_index:
+        assert tensor is not None, "the stage has its weights"
+        dist.send(tensor.contiguous(), group=stages.group, group_dst=0)
+    return tensor
+
+
+def _assembled(model: YuanForCausalLM, ranks: Ranks) -> YuanForCausalLM | None:
+    """The whole model of a pipeline, on the leading rank."""
+    like = next(model.parameters())
+    weights = whole_weights(model, ranks, like.dtype)
+    if not ranks.leads:
+        return None
+    with torch.device("meta"):
+        whole = YuanForCausalLM(model.config)
+    whole.load_state_dict({name: weight.to(like.device) for name, weight in weights.items()}, assign=True)
+    return whole.eval()
 
 
 def _whole(name: str, tensor: Tensor, ranks: Ranks) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    if ranks.experts is None or ".experts." not in name:
+    if ranks.experts is None or not is_expert(name):
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(ranks.experts.size())]
     dist.all_gather(parts, tensor.contiguous(), group=ranks.experts)

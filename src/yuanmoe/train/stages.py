@@ -3,14 +3,16 @@
 The first stage has the embedding, the last the final norm, the head and the loss. What is elsewhere is left out and
 passes through, so that the names of all weights stay those of the whole model, for optimizers and checkpoints.
 
-A tied head is a second copy of the embedding, on the last stage. Both copies stay equal when their gradients are
-summed before each step (`Stages.share_tied`); whoever counts the model's weights or gradients counts one
-(`Stages.counts`).
+A tied head is a second copy of the embedding, on the last stage. Both stay equal when their gradients are summed before
+each step, as the optimizer does (`part.py`).
 Source of unequal stages: arXiv 2311.15786 section 3. Legend: B windows, S tokens of a window, N = B * S, D hidden.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -69,14 +71,12 @@ class Stages:
         """This rank's."""
         return range(*spans(self.layers)[self.index])
 
-    @property
-    def has_copy(self) -> bool:
-        """Whether this rank and the one at the other end both hold the embedding."""
-        return self.config.tie_word_embeddings and self.count > 1 and (self.is_first or self.is_last)
-
-    def counts(self, name: str) -> bool:
-        """Whether this rank's weight of that name is not a copy of another rank's."""
-        return not (self.has_copy and self.is_last and name == EMBEDDING)
+    def holder(self, name: str) -> int:
+        """The stage that has the weight of that name, the first of two."""
+        if name == EMBEDDING:
+            return 0
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return self.count - 1 if layer is None else bisect(list(accumulate(self.layers)), int(layer[1]))
 
     def own_load(self, load: Sequence[Tensor]) -> list[Tensor]:
         """Of the load of all layers with experts that of this rank's."""
@@ -89,7 +89,7 @@ class Stages:
         for index in range(len(model.model.layers)):
             if index not in self.own_layers:
                 model.model.layers[index] = Elsewhere()
-        if not (self.is_first or self.has_copy):
+        if not (self.is_first or (self.is_last and self.config.tie_word_embeddings)):
             model.set_submodule("model.embed_tokens", nn.Identity())
         if not self.is_last:
             model.set_submodule("model.norm", nn.Identity())
@@ -109,23 +109,6 @@ class Stages:
         if not self.is_last:
             return x, routings
         return head_loss(model, model.model.norm(x).view(*ids.shape, -1), windows, count), routings
-
-    @torch.no_grad()
-    def share_tied(self, masters: Mapping[str, Tensor]) -> None:
-        """Sums the gradients of both copies of the embedding, where there are two and it learns; before each step.
-
-        `masters` are the tensors whose gradient the optimizer takes, by the names of the weights. All bits become
-        equal at both ends, and so do the weights that begin so and take the same steps.
-        """
-        if not self.has_copy or EMBEDDING not in masters:
-            return
-        gradient = masters[EMBEDDING].grad
-        assert gradient is not None, "both ends have learned"
-        other, end = torch.empty_like(gradient), 0 if self.is_last else self.count - 1
-        messages = [self.sending(gradient, end), self.receiving(other, end)]
-        for sent in dist.batch_isend_irecv(messages):
-            sent.wait()
-        gradient += other
 
     def sending(self, tensor: Tensor, stage: int) -> P2POp:
         """A message to another stage."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.ops.cross_entropy import head_cross_entropy
 from yuanmoe.train.balance import balance_loss
-from yuanmoe.train.ranks import ALONE, Ranks
 from yuanmoe.train.recipe import BalanceSettings
 
 
@@ -131,33 +129,6 @@ def expert_load(routing: Routing) -> Tensor:
 def window_losses(model: YuanForCausalLM, windows: Windows) -> list[float]:
     """The loss of each of `windows` by itself, as the model is in use: without dropout."""
     return [evaluate(model, window) for window in windows.split(1)]
-
-
-def summed(learned: Learned, ranks: Ranks) -> Learned:
-    """What the windows of all ranks said."""
-    loss, extra, *load = ranks.sums([learned.loss, learned.balance_loss, *learned.load])
-    return Learned(loss=loss, balance_loss=extra, load=load)
-
-
-def evaluate_batch(model: YuanForCausalLM, batch: Batch, device: torch.device, ranks: Ranks = ALONE) -> float:
-    """Mean loss of the windows of `batch`, each rank measuring its share."""
-    own = ranks.share(_filled(batch, ranks.size))
-    learned = int(own.loss_mask.sum())
-    loss = evaluate(model, Windows.of(own, device))
-    if ranks.size == 1:
-        return loss
-    total, count = ranks.sums([torch.tensor([loss * learned, learned], dtype=torch.float64)])[0].tolist()
-    return total / max(count, 1)
-
-
-def _filled(batch: Batch, ranks: int) -> Batch:
-    """`batch` with windows in which nothing is learned, so that all ranks make as many passes."""
-    missing = -len(batch) % ranks
-    if not missing:
-        return batch
-    rows = np.minimum(np.arange(len(batch) + missing), len(batch) - 1)
-    loss_mask = batch.loss_mask[rows] & (np.arange(len(rows)) < len(batch))[:, None]
-    return Batch(ids=batch.ids[rows], loss_mask=loss_mask, documents=batch.documents[rows])
 
 
 @torch.inference_mode()
