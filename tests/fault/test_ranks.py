@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from small_runs import FIELDS_OF_TIME, arguments, write_tokens
+from yuanmoe.checkpoint.verify import verify
 from yuanmoe.runs import read_metrics
 from yuanmoe.train.checkpoint import newest, steps
 
@@ -81,6 +82,29 @@ def test_a_pipeline_that_was_killed_ends_as_one_that_was_not(data, tmp_path):
     lines, others = read_metrics(folder), read_metrics(whole)
     assert [untimed(line) for line in lines] == [untimed(line) for line in others]
     assert len(lines[-1]["balance"]) == 3
+
+
+@pytest.mark.parametrize("words", ["pp2 mb1", "optimizer"])
+def test_where_one_rank_dies_the_other_says_so_and_the_last_checkpoint_is_whole(words, data, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    settings = (*LONG, "run.checkpoint_steps=40")
+    run = torchrun(2, arguments(data, folder, "--layout", words, settings=settings), log)
+    until_steps(run, folder, 45, log)
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    assert run.wait(60) != 0
+    said = log.read_text()
+    assert said.count("error: another process of this run has ended or does not answer") == 1, said
+    assert "[rank0]: Traceback" not in said
+    assert steps(folder / "checkpoints") == [40]
+    verify(newest(folder / "checkpoints"))
+
+
+def test_what_all_ranks_refuse_is_said_once(data, tmp_path):
+    log = tmp_path / "log"
+    run = torchrun(2, arguments(data, tmp_path / "run", "--layout", "zero1"), log)
+    assert run.wait(60) != 0
+    assert log.read_text().count("error: ") == 1, log.read_text()
+    assert not (tmp_path / "run").exists()
 
 
 def untimed(line):

@@ -7,6 +7,7 @@ Every command is a function of the same name in its file of this folder, annotat
 
 import os
 import sys
+import time
 import warnings
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
@@ -34,6 +35,9 @@ COMMANDS = {
     "demo": ("demo", "Train a small model here and let it complete code."),
 }
 """Command: file of this folder, line of help."""
+
+LEADING_S = 2.0
+"""What other ranks leave the leading one to say an error first."""
 
 
 class LazyGroup(TyperGroup):
@@ -72,6 +76,9 @@ def load_command(name: str) -> Any:
 def _fail(error: YuanError) -> NoReturn:
     if os.environ.get("YUANMOE_TRACEBACK") == "1":
         raise error
+    if os.environ.get("RANK", "0") != "0":
+        # Most errors are those of all ranks: where the leading one has said it, torchrun ends this one meanwhile.
+        time.sleep(LEADING_S)
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2 if isinstance(error, UsageError) else 1)
 

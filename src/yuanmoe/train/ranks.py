@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from yuanmoe.checkpoint.load import usable_device
 from yuanmoe.config import ModelConfig
-from yuanmoe.errors import ResourceError
+from yuanmoe.errors import ResourceError, TrainingError
 from yuanmoe.plan.layout import Layout
 from yuanmoe.train.expert_parallel import is_expert
 from yuanmoe.train.stages import EMBEDDING, Stages
@@ -152,7 +152,10 @@ def local_place() -> tuple[int, int]:
 
 @contextmanager
 def joined(layout: Layout, config: ModelConfig, device: torch.device) -> Iterator[Ranks]:
-    """The ranks that torchrun started, in this layout for a model, until the block ends."""
+    """The ranks that torchrun started, in this layout for a model, until the block ends.
+
+    Raises TrainingError on those that are left where one of them is gone.
+    """
     if world_size() == 1:
         yield Ranks(layout=layout)
         return
@@ -160,9 +163,23 @@ def joined(layout: Layout, config: ModelConfig, device: torch.device) -> Iterato
         torch.cuda.set_device(device)
     # What is agreed on lies in the CPU's memory, whatever the model computes on.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    yield grouped(layout, config)
+    try:
+        yield grouped(layout, config)
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise TrainingError(
+            f"another process of this run has ended or does not answer ({said}); what it said is above or in its log. "
+            "The last checkpoint is whole: the same command with --resume goes on from there"
+        ) from error
     # Not after an error: the others may be waiting for this rank, and torchrun ends them.
     dist.destroy_process_group()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether a message to another rank failed; NCCL has errors of its own for that, gloo has its name in the text."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def grouped(layout: Layout, config: ModelConfig) -> Ranks:
