@@ -77,7 +77,8 @@ def test_twenty_steps_are_those_of_one_process(ranks, words, alone, tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "words", "layers", "tied"),
     [
-        (2, "pp2 full", "2,1", False), (2, "pp2", "1,2", True), (3, "pp3", None, True),
+        (2, "pp2 full", "2,1", False), (2, "pp2", "1,2", True), (2, "pp2 optimizer", "1,2", True),
+        (3, "pp3", None, True),
         (4, "dp2 pp2 optimizer", "1,2", True), (4, "dp2 pp2 ep2 replicated", "2,1", True),
     ],
 )  # fmt: skip
@@ -154,7 +155,7 @@ def test_a_sharded_model_speaks_as_a_whole_one(words):
         ("zero1", 2, r"'zero1' is no word of a layout; there are dp2"),
         ("selective", 2, r"'selective' is no word of a layout"),
         ("dp2 dp2", 2, r"the layout 'dp2 dp2' says data twice"),
-        ("pp2 fsdp", 4, r"pp2 and fsdp are not trained together: .*; take optimizer or replicated"),
+        ("pp2 fsdp", 2, r"pp2 and fsdp are not trained together: .*; take optimizer or replicated"),
         ("pp4", 4, r"4 pipeline stages cannot share 3 layers; there can be 1 to 3"),
         ("pp3 stages 1,2", 3, r"stages 1,2 are 2, the layout says pp3; leave one of them out"),
         (" stages 1,3", 2, r"stages 1,3 have 4 layers together; the model has 3"),
@@ -171,7 +172,7 @@ def test_a_layout_is_completed_from_the_recipe():
     layout = layout_of("", 4, made())
     assert layout.words == ("dp4", "pp1", "ep1", "optimizer", "mb2", "none")
     assert layout_of("", 2, recipe(activation_checkpointing=True)).words[4:] == ("mb4", "full")
-    assert layout_of("", 1, made()).sharding == "replicated"
+    assert [layout_of(words, 1, made()).sharding for words in ("", "fsdp")] == ["replicated", "fsdp"]
     assert layout_of("pp2", 4, recipe()).words == ("dp2", "pp2", "ep1", "optimizer", "mb2", "none")
     assert [layout_of("pp2", 2, made(layers=3), layers).layers for layers in (None, "1,2")] == [(2, 1), (1, 2)]
     assert layout_of("", 3, made(layers=3), "1,1,1").words[:2] == ("dp1", "pp3")
