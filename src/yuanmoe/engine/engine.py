@@ -19,6 +19,7 @@ from yuanmoe.engine.sampling import Sampler, TopLogprobs, require_numbers, sampl
 from yuanmoe.engine.schedule import Schedule, Sequence
 from yuanmoe.errors import ContextLengthError, UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.multi_lora import MultiLora
 from yuanmoe.model.paged import PagedCache
 
 CONTEXTS = 4
@@ -32,6 +33,7 @@ class Engine:
         self,
         model: YuanForCausalLM,
         *,
+        adapters: MultiLora | None = None,
         vocab_size: int | None = None,
         cache_tokens: int | None = None,
         page_size: int = 32,
@@ -39,7 +41,8 @@ class Engine:
         step_tokens: int = 512,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        """`vocab_size` is the tokenizer's, where the model has more rows: those are never sampled.
+        """`adapters` are those of this model that requests may name. `vocab_size` is the tokenizer's, where the model
+        has more rows: those are never sampled.
 
         `cache_tokens` is the room for the state of all sequences, in tokens (None: four full contexts), in pages of
         `page_size`, a multiple of 32 for the compiled kernels; `step_tokens` bounds the tokens of a pass; `kv_dtype` is
@@ -70,7 +73,8 @@ class Engine:
             kv_dtype=kv_dtype or model.kv_dtype,
             device=norm.device,
         )
-        self._runner = Runner(model, cache, self._vocab_size)
+        self._adapters = adapters or MultiLora(model, {})
+        self._runner = Runner(model, self._adapters, cache, self._vocab_size)
         self._schedule = Schedule(Pages(num_pages), page_size, max_batch_size, step_tokens)
         self._sequences: dict[int, Sequence] = {}
         self._submitted = self._steps = self._computed_tokens = self._generated_tokens = 0
@@ -79,6 +83,7 @@ class Engine:
         """Queues a request and returns its id. Raises UsageError and ContextLengthError before anything is spent,
         also for a request that could never fit the cache."""
         prompt_ids = list(request.prompt_ids)
+        adapter = self._adapters.number(request.adapter)
         max_length = self._max_length(request)
         sequence = Sequence(
             request_id=self._submitted,
@@ -88,6 +93,7 @@ class Engine:
             num_prompt=len(prompt_ids),
             max_length=max_length,
             table=np.zeros(-(-max_length // self._page_size), dtype=np.int32),
+            adapter=adapter,
             prompt=PromptLogprobs([], []) if request.prompt_logprobs else None,
         )
         self._submitted += 1

@@ -9,7 +9,7 @@ back before the earlier ones, a page never goes before those that continue it.
 from collections import OrderedDict
 
 ROOT = 0
-"""The prefix of no tokens."""
+"""The prefix of no tokens. Numbers below are other beginnings, for pages that are not to be continued from here."""
 PageKey = tuple[int, tuple[int, ...]]
 """The prefix before a page, and the token ids in it."""
 

@@ -51,6 +51,8 @@ class Request:
     """Whether the first output scores the prompt; all of it is computed then, nothing reused."""
     constraint: Constraint | None = None
     """A grammar's state, of this request alone."""
+    adapter: str | None = None
+    """The name of one of the engine's adapters, which corrects the model for this request."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:

@@ -16,6 +16,7 @@ from yuanmoe.engine.sampling import top_logprobs
 from yuanmoe.engine.schedule import Sequence
 from yuanmoe.engine.score import HEAD_TOKENS
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.multi_lora import MultiLora
 from yuanmoe.model.paged import PagedCache, PagedSequences
 from yuanmoe.model.router import Routing
 
@@ -30,10 +31,11 @@ class Pass(NamedTuple):
 
 
 class Runner:
-    """A model with the pages of its sequences, and how often its experts were visited."""
+    """A model with its adapters and the pages of its sequences, and how often its experts were visited."""
 
-    def __init__(self, model: YuanForCausalLM, cache: PagedCache, vocab_size: int) -> None:
+    def __init__(self, model: YuanForCausalLM, adapters: MultiLora, cache: PagedCache, vocab_size: int) -> None:
         self._model = model
+        self._adapters = adapters
         self._cache = cache
         self._vocab_size = vocab_size
         self.load = ExpertLoad(model.config.experts_per_layer, cache.device)
@@ -46,13 +48,16 @@ class Runner:
         for sequence, count in batch:
             ids[start : start + count] = sequence.ids[sequence.computed : sequence.computed + count]
             start += count
-        hidden, routings = self._model.model(torch.from_numpy(ids).to(self._cache.device), sequences)
+        adapters = np.repeat([sequence.adapter for sequence, _ in batch], [count for _, count in batch])
+        with self._adapters.at_work(adapters):
+            hidden, routings = self._model.model(torch.from_numpy(ids).to(self._cache.device), sequences)
         self.load.add(routings)
         self._score_prompts(batch, hidden)
         ended = [row for row, (sequence, count) in enumerate(batch) if count == sequence.missing]
         last = torch.from_numpy(sequences.last[ended]).to(self._cache.device)
         asked = [batch[row][0].request.routing for row in ended]
-        return Pass(self._logits(hidden.index_select(0, last)), _routings_at(last, routings, asked))
+        logits = self._logits(hidden.index_select(0, last), adapters[sequences.last[ended]])
+        return Pass(logits, _routings_at(last, routings, asked))
 
     def _sequences(self, batch: list[tuple[Sequence, int]]) -> PagedSequences:
         table = np.zeros((len(batch), max(sequence.num_pages for sequence, _ in batch)), dtype=np.int32)
@@ -61,8 +66,9 @@ class Runner:
         past = [sequence.computed for sequence, _ in batch]
         return PagedSequences(self._cache, past, [count for _, count in batch], table)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._model.logits(hidden)[:, : self._vocab_size]
+    def _logits(self, hidden: Tensor, adapters: np.ndarray) -> Tensor:
+        with self._adapters.at_work(adapters):
+            return self._model.logits(hidden)[:, : self._vocab_size]
 
     def _score_prompts(self, batch: list[tuple[Sequence, int]], hidden: Tensor) -> None:
         """Adds to the log-probabilities of each prompt what this pass says of the tokens behind those it read."""
@@ -73,13 +79,14 @@ class Runner:
                 following = sequence.ids[first : min(first + count, sequence.num_prompt)]
                 if following:
                     rows = hidden[start : start + len(following)]
-                    self._score(sequence.prompt, rows, following, sequence.request.top_logprobs)
+                    self._score(sequence.prompt, rows, following, sequence)
             start += count
 
-    def _score(self, prompt: PromptLogprobs, hidden: Tensor, following: list[int], top: int) -> None:
+    def _score(self, prompt: PromptLogprobs, hidden: Tensor, following: list[int], sequence: Sequence) -> None:
+        top = sequence.request.top_logprobs
         targets = torch.tensor(following, dtype=torch.int64, device=hidden.device)
         for part, wanted in zip(hidden.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
-            logprobs = self._logits(part).float().log_softmax(dim=-1)
+            logprobs = self._logits(part, np.full(len(part), sequence.adapter)).float().log_softmax(dim=-1)
             prompt.logprobs.extend(logprobs.gather(1, wanted[:, None])[:, 0].tolist())
             if top:
                 prompt.top.extend(top_logprobs(logprobs, top))

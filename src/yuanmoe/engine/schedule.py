@@ -16,6 +16,7 @@ import numpy as np
 from yuanmoe.engine.pages import ROOT, PageKey, Pages
 from yuanmoe.engine.requests import PromptLogprobs, Request
 from yuanmoe.engine.sampling import Sampler
+from yuanmoe.model.multi_lora import NOBODY
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -31,10 +32,12 @@ class Sequence:
     max_length: int
     table: np.ndarray
     """Its pages in order, the first `num_pages` entries, int32."""
+    adapter: int = NOBODY
+    """The number of the one that corrects the model for it."""
     num_pages: int = 0
     num_kept: int = 0
     """Pages that are kept for their prefix."""
-    prefix: int = ROOT
+    prefix: int = field(init=False)
     """Of the last of them."""
     computed: int = 0
     """Tokens that the pages hold."""
@@ -42,6 +45,14 @@ class Sequence:
     """Of these, prompt tokens that were found computed."""
     prompt: PromptLogprobs | None = None
     """What is known of them, until they are handed out."""
+
+    def __post_init__(self) -> None:
+        self.prefix = self.root
+
+    @property
+    def root(self) -> int:
+        """The prefix of no tokens: another for each adapter, as what one computed is of no use to others."""
+        return ROOT + NOBODY - self.adapter
 
     @property
     def missing(self) -> int:
@@ -127,7 +138,7 @@ class Schedule:
         """Pages that would be free if all tokens of a sequence were computed."""
         P = self.page_size
         free = self.pages.num_free - -(-len(sequence.ids) // P)
-        prefix = ROOT
+        prefix = sequence.root
         for index in range((len(sequence.ids) - 1) // P):
             page = self.pages.find(prefix, sequence.page_ids(index, P))
             if page is None:
@@ -179,6 +190,6 @@ class Schedule:
     def _vacate(self, sequence: Sequence) -> None:
         self.pages.release(sequence.table[: sequence.num_pages].tolist())
         sequence.num_pages = sequence.num_kept = sequence.computed = sequence.reused = 0
-        sequence.prefix = ROOT
+        sequence.prefix = sequence.root
         if sequence.prompt is not None:
             sequence.prompt = PromptLogprobs([], [])

@@ -71,14 +71,14 @@ class Addresses:
 def take_addresses(layers: nn.ModuleList, dtype: torch.dtype) -> Addresses:
     """Of layers for tokens of `dtype`. Raises UnsuitableError where the kernels do not know one of them."""
     taken = Addresses(dtype=dtype)
+    first: Any = layers[0]
+    taken.epsilon = first.input_layernorm.eps
+    taken.weights = (c.LayerWeights * len(layers))(*(_layer(taken, layer) for layer in layers))
     for module in layers.modules():
         taken.hooks += [module._forward_hooks, module._forward_pre_hooks]
         taken.watched += [Watched(module._modules, name, child) for name, child in module._modules.items()]
     if any(taken.hooks):
         raise UnsuitableError("hooks")
-    first: Any = layers[0]
-    taken.epsilon = first.input_layernorm.eps
-    taken.weights = (c.LayerWeights * len(layers))(*(_layer(taken, layer) for layer in layers))
     return taken
 
 

@@ -44,18 +44,27 @@ def attach(
     They are copied to the model's device, in `dtype` or, by default, that of its activations.
     """
     detach(model)
+    for name, low_rank in low_ranks(model, tensors, settings, dtype).items():
+        owner, slot = place_of(model, name)
+        setattr(owner, slot, low_rank.train(model.training))
+
+
+def low_ranks(
+    model: YuanForCausalLM, tensors: Mapping[str, Tensor], settings: LoraSettings, dtype: torch.dtype | None = None
+) -> dict[str, LowRank]:
+    """The factors by the name of the matrix that they correct, copied as `attach` does, and beside no matrix yet."""
     norm = model.model.norm.weight
     placed = {name: tensor.to(norm.device, dtype or norm.dtype, copy=True) for name, tensor in tensors.items()}
-    for name in _adapted(tensors):
-        low_rank = LowRank(placed[f"{name}.{A}"], placed[f"{name}.{B}"], settings.scale, settings.dropout)
-        owner, slot = _place(model, name)
-        setattr(owner, slot, low_rank.train(model.training))
+    return {
+        name: LowRank(placed[f"{name}.{A}"], placed[f"{name}.{B}"], settings.scale, settings.dropout)
+        for name in _adapted(tensors)
+    }
 
 
 def detach(model: YuanForCausalLM) -> None:
     """Takes all factors away."""
     for name in attached(model):
-        owner, slot = _place(model, name)
+        owner, slot = place_of(model, name)
         setattr(owner, slot, None)
 
 
@@ -75,7 +84,7 @@ def _adapted(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name.removesuffix(f".{A}") for name in tensors if name.endswith(f".{A}")]
 
 
-def _place(model: nn.Module, target: str) -> tuple[nn.Module, str]:
+def place_of(model: nn.Module, target: str) -> tuple[nn.Module, str]:
     """The module that has a matrix, and the attribute for the factors beside it."""
     if target == HEAD:  # no module of its own where the head is the embedding
         return model, _HEAD_SLOT
@@ -84,7 +93,7 @@ def _place(model: nn.Module, target: str) -> tuple[nn.Module, str]:
 
 
 def _target(path: str) -> str:
-    """The inverse of `_place`, for the path of the factors."""
+    """The inverse of `place_of`, for the path of the factors."""
     if path == _HEAD_SLOT:
         return HEAD
     owner, _, slot = path.rpartition(".")
