@@ -52,7 +52,7 @@ def test_a_server_says_where_it_is_and_its_example_works(tmp_path) -> None:
     try:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
-        assert ready == {"command": "serve", "url": ready["url"], "model": "tiny", "cache_tokens": 96}
+        assert ready == {"command": "serve", "url": ready["url"], "model": "tiny", "cache_tokens": 96, "adapters": []}
         page = httpx.get(ready["url"])
         assert page.headers["content-type"].startswith("text/html")
         assert "script-src 'self'" in page.headers["content-security-policy"]

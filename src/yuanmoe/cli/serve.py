@@ -23,6 +23,7 @@ from yuanmoe.plan.sizes import GIB, format_size, parse_size
 MOST_STEP_TOKENS = 512
 
 if TYPE_CHECKING:
+    from yuanmoe.checkpoint.adapter import Adapter
     from yuanmoe.lm import LanguageModel
     from yuanmoe.serve.app import Access
     from yuanmoe.serve.launch import Launched
@@ -33,6 +34,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     model_name: Annotated[str | None, typer.Option(help="For requests; by default the directory's name.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="A LoRA adapter that requests may name as their model; repeatable."),
+    ] = None,
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     device: Device = None,
@@ -64,9 +69,10 @@ def serve(
     access = _access(api_keys, requests_per_minute, max_concurrency, cors_origin, host, max_body)
     # Before the weights are loaded, which may take minutes.
     with bind(host, port) as bound:
-        lm = _load(console, model, dtype, kv_dtype, device, threads)
+        model_id = model_name or model.resolve().name
+        lm, adapters = _load(console, model, model_id, adapter or [], dtype, kv_dtype, device, threads)
         settings = Settings(
-            model_id=model_name or model.resolve().name,
+            model_id=model_id,
             access=access,
             cache_tokens=cache_tokens,
             cache_bytes=None if cache_gib is None else round(cache_gib * GIB),
@@ -78,7 +84,8 @@ def serve(
             timeout_s=request_timeout,
             drain_s=drain,
         )
-        launched = launch(lm, settings)
+        launched = launch(lm, settings, adapters)
+        del adapters  # the model has copies of their factors
         bound.listen()
         _greet(console, launched, url(bound), access)
         launched.server.run(sockets=[bound])
@@ -86,16 +93,27 @@ def serve(
 
 
 def _load(
-    console: Console, model: Path, dtype: str | None, kv_dtype: str | None, device: str | None, threads: int | None
-) -> "LanguageModel":
+    console: Console,
+    model: Path,
+    model_id: str,
+    adapters: list[str],
+    dtype: str | None,
+    kv_dtype: str | None,
+    device: str | None,
+    threads: int | None,
+) -> tuple["LanguageModel", dict[str, "Adapter"]]:
     with console.status(f"loading {model}"):
         import torch
 
-        from yuanmoe.lm import load
+        from yuanmoe.lm import open_model
+        from yuanmoe.serve.adapters import read_adapters
 
         if threads is not None:
             torch.set_num_threads(threads)
-        return load(model, dtype, device, kv_dtype)
+        opened = open_model(model, dtype, device, kv_dtype)
+        # What is wrong with an adapter is said before the weights take their time.
+        read = read_adapters(adapters, opened.source, model_id)
+        return opened.load(), read
 
 
 def _step_tokens(lm: "LanguageModel", max_batch_size: int) -> int:
@@ -148,6 +166,8 @@ def _greet(console: Console, launched: "Launched", address: str, access: "Access
         f"{contexts:.1f} contexts of {service.config.max_position_embeddings:,}",
         soft_wrap=True,
     )
+    for name, adapter in service.adapters.items():
+        console.print(f"  [bold]{name}[/]: an adapter of {adapter.parameters:,} parameters", soft_wrap=True)
     if not access.local_only and not len(access.keys):
         console.print(
             "[bold red]WARNING: anybody who reaches this address can use this server: it listens beyond this machine "
@@ -158,7 +178,8 @@ def _greet(console: Console, launched: "Launched", address: str, access: "Access
     body = f'{{"model": "{service.model_id}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     asking = f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
     console.print(f"try:\n  {asking}\nCtrl-C ends it", soft_wrap=True, markup=False)
-    print_result({"command": "serve", "url": address, "model": service.model_id, "cache_tokens": service.cache_tokens})
+    result = {"command": "serve", "url": address, "model": service.model_id, "cache_tokens": service.cache_tokens}
+    print_result(result | {"adapters": list(service.adapters)})
 
 
 def _end(console: Console, launched: "Launched") -> None:

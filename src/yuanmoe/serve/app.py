@@ -157,14 +157,14 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        """The model that is served."""
-        return json_response({"object": "list", "data": [model_card(service)]})
+        """The model that is served, and its adapters."""
+        return json_response({"object": "list", "data": [model_card(service, name) for name in service.names]})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        """The model of that name."""
+        """The model or adapter of that name."""
         service.check_model(model)
-        return json_response(model_card(service))
+        return json_response(model_card(service, model))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

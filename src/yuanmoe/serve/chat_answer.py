@@ -28,8 +28,7 @@ class ChatAnswer:
         self._common = {
             "id": new_id("chatcmpl"),
             "created": int(time.time()),
-            "model": service.model_id,
-            "system_fingerprint": service.fingerprint,
+            **service.identity(body.model),
         }
 
     async def whole(self) -> dict[str, Any]:

@@ -29,8 +29,7 @@ class CompletionAnswer:
             "id": new_id("cmpl"),
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.model_id,
-            "system_fingerprint": service.fingerprint,
+            **service.identity(body.model),
         }
 
     async def whole(self) -> dict[str, Any]:

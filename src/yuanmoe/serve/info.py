@@ -8,22 +8,23 @@ from yuanmoe.serve.routing import routed_layers
 from yuanmoe.serve.service import Service
 
 
-def model_card(service: Service) -> dict[str, Any]:
-    """The model in the OpenAI API's shape."""
-    return {
-        "id": service.model_id,
+def model_card(service: Service, name: str) -> dict[str, Any]:
+    """The model, or an adapter of it, in the OpenAI API's shape; `parent` is what an adapter corrects."""
+    card = {
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "yuanmoe",
         "max_model_len": service.config.max_position_embeddings,
     }
+    return card | {"parent": service.model_id} if name in service.adapters else card
 
 
 def model_info(service: Service) -> dict[str, Any]:
     """Sizes, cost of a token, and limits of this server.
 
     `gflop_per_token` is a forward pass without attention scores; `dense` is a model of as many parameters that are all
-    at work, `llama3_70b` the number that the article of M32 compares with.
+    at work, `llama3_70b` the number that the article of M32 compares with. An adapter costs its own beside the model's.
     """
     config = service.config
     return {
@@ -48,4 +49,13 @@ def model_info(service: Service) -> dict[str, Any]:
             "dense": cost.dense_flops(config) / 1e9,
             "llama3_70b": cost.LLAMA3_70B.forward_flops / 1e9,
         },
+        "adapters": [
+            {
+                "name": name,
+                "parameters": adapter.parameters,
+                "active_parameters": adapter.active_parameters,
+                "gflop_per_token": 2 * adapter.active_parameters / 1e9,
+            }
+            for name, adapter in service.adapters.items()
+        ],
     }

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from yuanmoe import __version__
+from yuanmoe.checkpoint.adapter import Adapter
 from yuanmoe.config import ModelConfig
 from yuanmoe.engine.engine import Engine
 from yuanmoe.errors import UsageError
 from yuanmoe.lm import LanguageModel
+from yuanmoe.model.multi_lora import MultiLora
 from yuanmoe.plan import cost
+from yuanmoe.serve.adapters import check_room, offered
 from yuanmoe.serve.app import Access, create_app
 from yuanmoe.serve.metrics import Metrics
 from yuanmoe.serve.server import Server
@@ -53,32 +57,50 @@ class Launched(NamedTuple):
     cache_bytes: int
 
 
-def launch(lm: LanguageModel, settings: Settings) -> Launched:
-    """Takes the memory that serving needs. Raises UsageError for settings that do not fit one another."""
+NO_ADAPTERS: Mapping[str, Adapter] = {}
+
+
+def launch(lm: LanguageModel, settings: Settings, adapters: Mapping[str, Adapter] = NO_ADAPTERS) -> Launched:
+    """Takes the memory that serving needs.
+
+    Raises UsageError for settings that do not fit one another, ResourceError for adapters that do not fit memory.
+    """
+    taken = check_room(adapters, lm.model.model.norm.weight.dtype, settings.free_bytes)
+    if settings.free_bytes is not None:
+        settings = replace(settings, free_bytes=settings.free_bytes - taken)
     tokens = cache_tokens(lm.config, _kv_dtype(lm), settings)
     engine = Engine(
         lm.model,
+        adapters=MultiLora(lm.model, adapters),
         vocab_size=lm.tokenizer.vocab_size,
         cache_tokens=tokens,
         page_size=PAGE_SIZE,
         max_batch_size=settings.max_batch_size,
         step_tokens=settings.step_tokens,
     )
-    return launch_engine(lm, engine, tokens, settings)
+    return launch_engine(lm, engine, tokens, settings, adapters)
 
 
-def launch_engine(lm: LanguageModel, engine: AnyEngine, tokens: int, settings: Settings) -> Launched:
-    """The same over an engine that is there, with room for `tokens`."""
+def launch_engine(
+    lm: LanguageModel,
+    engine: AnyEngine,
+    tokens: int,
+    settings: Settings,
+    adapters: Mapping[str, Adapter] = NO_ADAPTERS,
+) -> Launched:
+    """The same over an engine that is there, with room for `tokens`, and has these adapters."""
     metrics = Metrics(lm.config)
     worker = EngineWorker(engine, metrics, capacity=settings.max_batch_size + settings.max_queue)
     metrics.watch(worker)
+    fingerprint = _fingerprint(lm)
     context = min(lm.config.max_position_embeddings, tokens)
     service = Service(
         config=lm.config,
         tokenizer=lm.tokenizer,
         worker=worker,
         model_id=settings.model_id,
-        fingerprint=_fingerprint(lm),
+        fingerprint=fingerprint,
+        adapters={name: offered(adapter, lm.config, fingerprint) for name, adapter in adapters.items()},
         max_prompt_tokens=min(settings.max_prompt_tokens or context, context),
         cache_tokens=tokens,
         timeout_s=settings.timeout_s,

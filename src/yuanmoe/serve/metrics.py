@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from yuanmoe.config import ModelConfig
+from yuanmoe.engine.requests import Request
 from yuanmoe.serve.routing import routed_layers
 
 if TYPE_CHECKING:
@@ -46,7 +47,16 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self._accepted = Counter(
+            "yuanmoe_requests",
+            "Sequences that were begun, by adapter; the model's own have none.",
+            ["adapter"],
+            registry=self.registry,
+        )
         self._responses = Counter("yuanmoe_http_responses", "Responses by status.", ["status"], registry=self.registry)
+
+    def accepted(self, request: Request) -> None:
+        self._accepted.labels(request.adapter or "").inc()
 
     def first_token(self, waited_s: float) -> None:
         self._first.observe(waited_s)

@@ -4,7 +4,7 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.engine.requests import Constraint, Output, Request
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import ContextLengthError, UsageError
+from yuanmoe.serve.adapters import Offered
 from yuanmoe.serve.answer import Answer, Delta
 from yuanmoe.serve.errors import ApiError
 from yuanmoe.serve.job import Job
@@ -38,6 +39,8 @@ class Service:
     model_id: str
     fingerprint: str
     """Changes with what may change answers."""
+    adapters: Mapping[str, Offered]
+    """What requests may name in the place of the model."""
     max_prompt_tokens: int
     cache_tokens: int
     """Room for keys and values of all sequences."""
@@ -47,15 +50,26 @@ class Service:
     _grammars: Grammars | None = None
     _grammars_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's name, and those of its adapters."""
+        return self.model_id, *self.adapters
+
     def check_model(self, name: str | None) -> None:
         """Raises ApiError, 404, for the name of another model."""
-        if name is not None and name != self.model_id:
+        if name is not None and name not in self.names:
             raise ApiError(
                 404,
-                f"the model {name!r} is not here; this server has {self.model_id!r}",
+                f"the model {name!r} is not here; this server has {', '.join(map(repr, self.names))}",
                 code="model_not_found",
                 param="model",
             )
+
+    def identity(self, name: str | None) -> dict[str, str]:
+        """How answers say who they are from, for a request to the model of that name."""
+        adapter = None if name is None else self.adapters.get(name)
+        fingerprint = self.fingerprint if adapter is None else adapter.fingerprint
+        return {"model": name or self.model_id, "system_fingerprint": fingerprint}
 
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Raises ContextLengthError for too many tokens; what ids there are is the engine's check."""
@@ -90,6 +104,7 @@ class Service:
                     top_logprobs=top_logprobs,
                     prompt_logprobs=prompt_logprobs,
                     constraint=constraint,
+                    adapter=body.model if body.model in self.adapters else None,
                 )
                 for prompt, settings, constraint in zip(repeated, params, constraints, strict=True)
             ]

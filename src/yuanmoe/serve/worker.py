@@ -41,6 +41,7 @@ class AnyEngine(Protocol):
 class Observer(Protocol):
     """Who counts, on the event loop."""
 
+    def accepted(self, request: Request) -> None: ...
     def first_token(self, waited_s: float) -> None: ...
     def next_token(self, gap_s: float) -> None: ...
     def ended(self, reason: str) -> None: ...
@@ -132,6 +133,8 @@ class EngineWorker:
             raise
         finally:
             self._asking.pop(answer, None)
+        for request in requests:
+            self._observer.accepted(request)
         return job
 
     def forget(self, request_id: int, reason: str) -> None:

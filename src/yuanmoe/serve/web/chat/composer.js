@@ -19,12 +19,10 @@ export function startComposer(session, connect) {
     stop.hidden = !session.writing;
     if (held) area.focus();
   };
-  const submit = () => {
-    if (!ready()) return;
-    if (!session.info.value) {
-      connect();
-      return;
-    }
+  const submit = async () => {
+    if (ready() && !session.info.value) await connect();
+    // A question that cannot be asked yet stays where it is.
+    if (!ready() || !session.info.value) return;
     const text = area.value.trim();
     area.value = "";
     session.ask(text);
