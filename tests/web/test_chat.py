@@ -4,10 +4,13 @@ import json
 import re
 import time
 
+import httpx
 import pytest
 
+import small_adapters
 from live_server import running
 from small_lm import small_lm
+from yuanmoe.checkpoint.adapter import Adapter, base_of
 from yuanmoe.serve.launch import Settings, launch
 
 LONG = "and so on, " * 400
@@ -131,6 +134,33 @@ def test_settings_reach_the_engine_and_the_next_conversation(page, engine, ask):
     page.locator("#open-settings").click()
     assert page.locator("#setting-top_k").input_value() == "40"
     assert page.locator("#setting-stop").input_value() == "zebra\n\\n\\n"
+
+
+def test_an_adapter_can_be_chosen_where_the_server_has_one(opened, page, ask):
+    page.locator("#open-settings").click()
+    expect(page.locator("#setting-model")).to_have_count(0)
+    lm = small_lm(max_position_embeddings=1024)
+    made = small_adapters.settings("q", "experts")
+    poet = Adapter(settings=made, base=base_of(lm.model, "small"), tensors=small_adapters.factors(lm.model, made))
+    launched = launch(lm, Settings(model_id="base"), {"poet": poet})
+    with running(launched) as url:
+        page = opened(url)
+        asked = []
+        page.on("request", lambda request: asked.append(request.post_data_json) if request.post_data else None)
+        page.locator("#welcome p").wait_for()
+        page.locator("#open-settings").click()
+        assert page.locator("#setting-model option").all_inner_texts() == ["base", "poet"]
+        page.locator("#setting-model").select_option("poet")
+        page.locator("#setting-max_tokens").fill("4")
+        page.get_by_text("Save").click()
+        ask(page)
+        page.locator("#open-settings").click()
+        assert page.locator("#setting-model").input_value() == "poet"
+        page.locator("#setting-model").select_option("base")
+        page.get_by_text("Save").click()
+        ask(page)
+        assert [body["model"] for body in asked if "messages" in body] == ["poet", "base"]
+        assert 'yuanmoe_requests_total{adapter="poet"} 1.0' in httpx.get(f"{url}/metrics").text
 
 
 def test_a_stop_string_with_a_line_break_ends_the_answer(page, engine, ask):

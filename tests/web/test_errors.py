@@ -77,6 +77,21 @@ def test_a_server_that_is_gone_is_said_to_be(opened, served, engine, ask):
     expect(page.locator(".problem")).to_contain_text("yuanmoe serve")
 
 
+def test_a_question_asked_before_the_server_is_known_is_sent_once_it_is(opened, served, engine, answers):
+    page = opened(served.url + "/icon.svg")
+    held = []
+    page.route("**/v1/info", lambda route: held.append(route))
+    page.goto(served.url)
+    page.locator("#question").fill("Hello?")
+    page.locator("#question").press("Enter")
+    page.wait_for_timeout(100)
+    assert page.locator("#question").input_value() == "Hello?"
+    for route in held:
+        route.continue_()
+    answers(page)
+    expect(page.locator(".bubble")).to_have_text(["Hello?"])
+
+
 def test_a_server_that_comes_back_is_met_again(opened, served, engine, ask):
     page = opened(served.url + "/icon.svg", expected=["Failed to load resource", "ERR_FAILED"])
     page.route("**/v1/info", lambda route: route.abort())

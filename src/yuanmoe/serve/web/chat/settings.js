@@ -7,7 +7,7 @@ import { apiKey, NUMBERS, sound } from "../keep/settings.js";
 export function startSettings(session, saved) {
   const dialog = byId("settings");
   const open = (field) => {
-    const form = settingsForm(session.current.value.head.settings);
+    const form = settingsForm(session.current.value.head.settings, session.info.value);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       apiKey.set(form.elements.key.value.trim());
@@ -24,7 +24,8 @@ export function startSettings(session, saved) {
   return open;
 }
 
-function settingsForm(settings) {
+/** `info` is null where the server is not known yet: its adapters cannot be named then. */
+function settingsForm(settings, info) {
   const system = el("textarea", { name: "system", rows: 3, value: settings.system });
   const stop = el("textarea", { name: "stop", rows: 2, value: settings.stop.map(escaped).join("\n") });
   const key = el("input", { name: "key", type: "password", autocomplete: "off", value: apiKey.get() });
@@ -32,12 +33,18 @@ function settingsForm(settings) {
   return el(
     "form",
     { autocomplete: "off" },
+    ...(info?.adapters.length ? [field("model", modelChoice(settings, info), "hint.model")] : []),
     field("system", system, "hint.system"),
     el("fieldset", {}, el("legend", { t: "sampling" }), el("p", { className: "note", t: "hint.sampling" }), ...numbers),
     field("stop", stop, "hint.stop"),
     field("key", key, "hint.key"),
     el("div", { className: "dialog-foot" }, el("button", { type: "submit", className: "primary", t: "save" })),
   );
+}
+
+function modelChoice({ model }, info) {
+  const options = info.adapters.map((name) => el("option", { value: name, textContent: name, selected: name === model }));
+  return el("select", { name: "model" }, el("option", { value: "", textContent: info.model }), ...options);
 }
 
 function numberField(name, { min, max, step }, value) {
@@ -54,7 +61,7 @@ function field(name, input, hint) {
 }
 
 function readForm({ elements }) {
-  const settings = { system: elements.system.value };
+  const settings = { model: elements.model?.value, system: elements.system.value };
   settings.stop = elements.stop.value.split("\n").filter(Boolean).map(unescaped);
   // An empty field is no number, and left out as such.
   for (const name of Object.keys(NUMBERS)) settings[name] = elements[name].valueAsNumber;

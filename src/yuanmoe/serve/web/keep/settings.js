@@ -1,4 +1,4 @@
-// How answers are asked for: the numbers of the sampler with their ranges, the system prompt, and the API key.
+// How answers are asked for: the adapter, the numbers of the sampler with their ranges, the system prompt, the API key.
 // Sources: the OpenAI API, and the extensions of this server (top_k, min_p, repetition_penalty). A value that is left
 // empty is left to the server.
 
@@ -16,11 +16,13 @@ export const NUMBERS = {
 };
 
 /** Settings of a first conversation: everything is the server's default. */
-const EMPTY = { system: "", stop: [], ...Object.fromEntries(Object.keys(NUMBERS).map((name) => [name, null])) };
+const EMPTY = { model: null, system: "", stop: [], ...Object.fromEntries(Object.keys(NUMBERS).map((name) => [name, null])) };
 
 /** Settings from anywhere, with what is not understood left out. */
 export function sound(settings) {
   const good = { ...EMPTY };
+  // The name of an adapter; without one it is the model itself.
+  if (typeof settings?.model === "string" && settings.model) good.model = settings.model;
   if (typeof settings?.system === "string") good.system = settings.system;
   if (Array.isArray(settings?.stop)) good.stop = settings.stop.filter((text) => typeof text === "string" && text);
   for (const name of Object.keys(NUMBERS)) if (Number.isFinite(settings?.[name])) good[name] = settings[name];

@@ -59,6 +59,7 @@ export default {
 
   settings: "Settings of this conversation",
   sampling: "Sampling",
+  "setting.model": "Model",
   "setting.system": "System prompt",
   "setting.temperature": "Temperature",
   "setting.top_p": "Top-p",
@@ -69,6 +70,7 @@ export default {
   "setting.seed": "Seed",
   "setting.stop": "Stop strings",
   "setting.key": "API key",
+  "hint.model": "Who answers from now on: the model itself, or one of its adapters.",
   "hint.system": "Said to the model before everything else.",
   "hint.sampling": "What is left empty is left to the server.",
   "hint.temperature": "0 always takes the likeliest token; higher is more varied.",

@@ -59,6 +59,7 @@ export default {
 
   settings: "本对话的设置",
   sampling: "采样",
+  "setting.model": "模型",
   "setting.system": "系统提示词",
   "setting.temperature": "温度",
   "setting.top_p": "Top-p",
@@ -69,6 +70,7 @@ export default {
   "setting.seed": "随机种子",
   "setting.stop": "停止字符串",
   "setting.key": "API 密钥",
+  "hint.model": "此后由谁回答：模型本身，或它的一个适配器。",
   "hint.system": "在所有内容之前告诉模型。",
   "hint.sampling": "留空则由服务器决定。",
   "hint.temperature": "0 总是取最可能的词元；越高越多样。",

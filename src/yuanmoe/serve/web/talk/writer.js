@@ -58,7 +58,8 @@ export class Writer {
 
   #common() {
     const { model, layers } = this.info;
-    return { model, routing: layers.length > 0, ...requestFields(this.conversation.head.settings) };
+    const { settings } = this.conversation.head;
+    return { model: settings.model ?? model, routing: layers.length > 0, ...requestFields(settings) };
   }
 
   #take({ text, tokens, routing, finish, usage }) {
