@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 import small_adapters
-from live_server import running
+from serving import serving
 from small_lm import small_lm
 from yuanmoe.checkpoint.adapter import Adapter, base_of
 from yuanmoe.serve.launch import Settings, launch
@@ -58,7 +58,7 @@ def test_text_appears_while_the_answer_is_written_and_stopping_frees_the_engine(
 def test_a_real_model_answers_and_a_stopped_answer_leaves_nothing_behind(opened, ask, answers):
     launched = launch(small_lm(max_position_embeddings=1024), Settings(model_id="real"))
     worker = launched.service.worker
-    with running(launched) as url:
+    with serving(launched) as url:
         page = opened(url)
         page.locator("#open-settings").click()
         page.locator("#setting-temperature").fill("0")
@@ -75,7 +75,7 @@ def test_a_real_model_answers_and_a_stopped_answer_leaves_nothing_behind(opened,
 
 
 def test_a_model_without_experts_has_a_page_without_them(opened, ask):
-    with running(launch(small_lm(num_experts=0), Settings(model_id="dense"))) as url:
+    with serving(launch(small_lm(num_experts=0), Settings(model_id="dense"))) as url:
         page = opened(url)
         expect(page.locator("#welcome p")).to_contain_text("no experts")
         page.locator("#open-settings").click()
@@ -143,7 +143,7 @@ def test_an_adapter_can_be_chosen_where_the_server_has_one(opened, page, ask):
     made = small_adapters.settings("q", "experts")
     poet = Adapter(settings=made, base=base_of(lm.model, "small"), tensors=small_adapters.factors(lm.model, made))
     launched = launch(lm, Settings(model_id="base"), {"poet": poet})
-    with running(launched) as url:
+    with serving(launched) as url:
         page = opened(url)
         asked = []
         page.on("request", lambda request: asked.append(request.post_data_json) if request.post_data else None)
@@ -200,6 +200,17 @@ def test_a_conversation_is_renamed_deleted_and_brought_back(page, ask):
     expect(page.locator("#conversations .title")).to_have_text("a name")
     page.reload()
     expect(page.locator(".answer .prose")).to_have_text("Yes.")
+
+
+def test_a_page_that_goes_away_at_once_keeps_what_was_asked(page, ask):
+    ask(page, "a question")
+    for _ in range(10):
+        page.get_by_label("Delete").click()
+        expect(page.locator("#conversations li")).to_have_count(0)
+        undo = page.get_by_text("Undo")
+        undo.evaluate("button => { button.click(); location.reload(); }")
+        page.wait_for_load_state()
+        expect(page.locator(".answer .prose")).to_have_text("Yes.")
 
 
 def test_export_and_import_round_trip(page, opened, served, engine, ask, answers, tmp_path):

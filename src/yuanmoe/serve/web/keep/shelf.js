@@ -9,10 +9,12 @@ const wait = (request) =>
     request.onerror = () => reject(request.error);
   });
 
+// Committed by hand: a page that goes away before the browser would do it by itself loses what was asked.
 const finished = (transaction) =>
   new Promise((resolve, reject) => {
     transaction.oncomplete = () => resolve();
     transaction.onabort = transaction.onerror = () => reject(transaction.error);
+    transaction.commit();
   });
 
 function open() {
