@@ -163,6 +163,14 @@ def test_an_adapter_that_is_not_there_is_refused():
     assert not engine.has_work
 
 
+def test_a_model_with_an_adapter_attached_takes_no_others():
+    model = random_model(small_config())
+    made = adapters(model)
+    attach(model, made["queries"].tensors, made["queries"].settings)
+    with pytest.raises(UsageError, match="detach it first"):
+        MultiLora(model, made)
+
+
 def test_one_without_corrections_changes_nothing():
     model = random_model(small_config())
     made = adapters(model)

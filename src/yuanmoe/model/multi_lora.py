@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.lora import low_ranks, place_of
+from yuanmoe.model.lora import attached, low_ranks, place_of
 from yuanmoe.model.low_rank import LowRank
 from yuanmoe.model.router import Routing
 from yuanmoe.model.targets import LoraSettings
@@ -42,6 +42,9 @@ class MultiLora:
     """Adapters by name, numbered in their order; their factors are copied to the model's device once."""
 
     def __init__(self, model: YuanForCausalLM, adapters: Mapping[str, Trained]) -> None:
+        """Raises UsageError for a model that has an adapter attached: it would be at work in every request."""
+        if adapters and attached(model):
+            raise UsageError("an adapter is attached to this model; detach it first, and name it among the others")
         self._device = model.model.norm.weight.device
         self._numbers = {name: number for number, name in enumerate(adapters)}
         self._turn = _Turn()
@@ -157,7 +160,6 @@ def _places(model: YuanForCausalLM, factors: Mapping[str, Mapping[int, LowRank]]
 
 def _claim(owner: nn.Module, slot: str) -> None:
     """Has an empty slot among the children of a module, where it can be filled and emptied without a search."""
-    assert getattr(owner, slot) is None, "a single adapter is attached"
     setattr(owner, slot, nn.Identity())
     setattr(owner, slot, None)
 
