@@ -12,8 +12,8 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 import chromium
-from live_server import running
 from scripted_engine import ScriptedEngine
+from serving import serving
 from small_lm import lm_config
 from small_models import random_model
 from yuanmoe.data.bpe import train_bpe
@@ -50,7 +50,7 @@ def take(folder: Path) -> None:
     sizes = {"num_hidden_layers": 24, "num_experts": 32, "max_position_embeddings": 4096}
     lm = LanguageModel(random_model(lm_config(tokenizer, **sizes)), tokenizer)
     engine = ScriptedEngine(lm.config, tokenizer)
-    with running(launch_engine(lm, engine, 4096, Settings(model_id="small"))) as url, sync_playwright() as playwright:
+    with serving(launch_engine(lm, engine, 4096, Settings(model_id="small"))) as url, sync_playwright() as playwright:
         browser = chromium.start(playwright)
 
         def visit(answer: str, question: str, **options) -> Page:

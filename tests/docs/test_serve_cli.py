@@ -14,11 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving import MODEL, running
-from small_lm import write_lm
+from serving import CONTEXT, MODEL, serving
+from small_adapters import adapted
+from small_lm import small_lm, write_lm
 from yuanmoe.cli.main import main
 from yuanmoe.errors import MissingExtraError, UsageError
 from yuanmoe.serve.keys import entry_line, new_key, read_keys
+from yuanmoe.serve.launch import Settings, launch
 
 
 @pytest.fixture
@@ -192,10 +194,12 @@ def test_every_example_of_the_documentation_works() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     blocks = [block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "curl" in block]
     assert len(blocks) >= 4
-    with running() as server:
+    lm = small_lm(max_position_embeddings=CONTEXT)
+    _, coder = adapted(lm.config)
+    with serving(launch(lm, Settings(model_id=MODEL), {"coder": coder})) as url:
         for block in blocks:
-            script = block.replace("curl localhost:8000", f"curl -sS --fail-with-body -m 20 {server.url}")
+            script = block.replace("curl localhost:8000", f"curl -sS --fail-with-body -m 20 {url}")
             done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
         (example,) = re.findall(r"```python\n(import openai.*?)```", text, re.DOTALL)
-        exec(example.replace("http://localhost:8000", server.url).replace('model="model"', f'model="{MODEL}"'), {})
+        exec(example.replace("http://localhost:8000", url).replace('model="model"', f'model="{MODEL}"'), {})

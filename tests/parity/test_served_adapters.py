@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import small_adapters
-from live_server import running
+from serving import serving
 from small_lm import small_lm, write_lm
 from yuanmoe.checkpoint.adapter import Adapter, base_of, open_adapter, save_adapter
 from yuanmoe.checkpoint.store import open_checkpoint
@@ -38,7 +38,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def url(lm):
-    with running(launch(lm, Settings(model_id="base"), adapters_of(lm))) as url:
+    with serving(launch(lm, Settings(model_id="base"), adapters_of(lm))) as url:
         yield url
 
 
@@ -98,7 +98,7 @@ def test_a_stream_and_a_completion_too(url, lm, expected) -> None:
 
 
 def test_metrics_tell_adapters_apart(lm) -> None:
-    with running(launch(lm, Settings(model_id="base"), adapters_of(lm))) as url:
+    with serving(launch(lm, Settings(model_id="base"), adapters_of(lm))) as url:
         for name in ("poet", "poet", "base", None):
             body = {"messages": HELLO, "max_tokens": 1} | ({} if name is None else {"model": name})
             assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 import chromium
-from live_server import running
 from scripted_engine import ScriptedEngine
+from serving import serving
 from small_lm import lm_config
 from small_models import random_model
 from small_tokenizers import bpe
@@ -43,7 +43,7 @@ def lm():
 def served(lm, browser):
     """`url`, and the `engine` behind it."""
     engine = ScriptedEngine(lm.config, lm.tokenizer)
-    with running(launch_engine(lm, engine, 4096, Settings(model_id="yuan-test"))) as url:
+    with serving(launch_engine(lm, engine, 4096, Settings(model_id="yuan-test"))) as url:
         yield SimpleNamespace(url=url, engine=engine)
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from live_server import running
+from serving import serving
 from yuanmoe.serve.app import Access
 from yuanmoe.serve.keys import entry_line, read_keys
 from yuanmoe.serve.launch import Settings, launch_engine
@@ -134,7 +134,7 @@ def test_a_stream_that_breaks_off_keeps_what_was_said(page, engine, ask):
 def test_a_key_is_asked_for_and_kept_in_the_tab(opened, lm, engine, ask):
     keys = read_keys(None, entry_line("reader", "yuan-secret"))
     settings = Settings(model_id="locked", access=Access(keys=keys))
-    with running(launch_engine(lm, engine, 4096, settings)) as url:
+    with serving(launch_engine(lm, engine, 4096, settings)) as url:
         page = opened(url, expected=["401"])
         page.locator("#setting-key").fill("wrong")
         page.get_by_text("Save").click()
