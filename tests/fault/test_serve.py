@@ -74,6 +74,17 @@ def test_a_stop_string_ends_the_sequence_in_the_engine(server: Running) -> None:
     assert at_rest(server) or server.wait(lambda: at_rest(server), 1)
 
 
+def test_first_tokens_and_ends_wait_for_no_burst(server: Running, monkeypatch) -> None:
+    monkeypatch.setattr("yuanmoe.serve.worker.WAKE_S", 3600)
+    for _ in range(2):  # the first may come to a server that woke nobody for long
+        assert server.post("/v1/completions", SHORT | {"max_tokens": 4}).status_code == 200
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=10) as stream:
+            assert next(stream.iter_lines()).startswith("data: {")
+    worker = server.service.worker
+    worker._loop.call_soon_threadsafe(worker._wake)
+    assert server.wait(lambda: at_rest(server))
+
+
 def test_an_engine_that_dies_tells_everybody_and_nobody_waits() -> None:
     engine = slow_engine(small_lm(max_position_embeddings=1024))
     with running(engine) as server, httpx.Client(base_url=server.url, timeout=10) as client:

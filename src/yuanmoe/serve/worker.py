@@ -1,7 +1,8 @@
 """The one thing between HTTP and the engine: a thread that owns the engine, and what the event loop holds of it.
 
 Commands go in by a queue and run between two steps; the outputs of a step come out together, in one call of the event
-loop. Bursts are shared: jobs wake at most every `WAKE_S`, since at thousands of tokens a second waking is what costs.
+loop. Bursts are shared: jobs wake at most every `WAKE_S`, since at thousands of tokens a second waking is what costs;
+but at once for a first token and an end, which people wait for.
 An engine that dies ends every job with an error, and every later one at once: nothing ever waits for a dead thread.
 """
 
@@ -209,14 +210,18 @@ class EngineWorker:
             place = self._places.get(output.request_id)
             if place is None:  # cancelled while the step ran
                 continue
+            is_ended = output.error is not None or output.finish_reason is not None
+            is_awaited = is_ended or not place.started
             if output.error is None:
                 (self._observer.next_token if place.started else self._observer.first_token)(now - place.since)
                 place.started, place.since = True, now
-            if output.error is not None or output.finish_reason is not None:
+            if is_ended:
                 del self._places[output.request_id]
                 self._observer.ended(output.finish_reason or "error")
             place.job.take(place.index, output)
             self._ready.add(place.job)
+            if is_awaited:
+                place.job.wake()
         wait = self._woken + WAKE_S - time.monotonic()
         if wait <= 0:
             self._wake()
