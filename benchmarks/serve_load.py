@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 from serve_clients import PROMPT_TOKENS, VOCABULARY, Clients
@@ -29,7 +29,11 @@ from serve_clients import PROMPT_TOKENS, VOCABULARY, Clients
 from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.plan.sizes import format_size
 
+if TYPE_CHECKING:
+    from yuanmoe.lm import LanguageModel
+
 OVERHEAD_BATCH = 16
+OVERHEAD_ROUNDS = 7
 CONTEXT = 512
 """What prompt and answer of any request fit into."""
 SAMPLES = 60
@@ -165,7 +169,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def server_step(server: Target, new_tokens: int) -> dict[str, float]:
-    """Wall time of a decode step with sixteen streams, and the share of it outside the engine's own step."""
+    """Wall time of a decode step with sixteen streams, and processor time, of the event loop too."""
 
     async def measure() -> tuple[dict[str, float], dict[str, float]]:
         clients = Clients(server.url, server.model)
@@ -188,17 +192,12 @@ def server_step(server: Target, new_tokens: int) -> dict[str, float]:
     }
 
 
-def engine_step(model: Path, threads: int, new_tokens: int) -> dict[str, float]:
-    """The same steps by the engine alone, in this process, with nobody to tell."""
-    import torch
-
+def engine_step(lm: "LanguageModel", new_tokens: int) -> dict[str, float]:
+    """The same steps by an engine alone, in this process, with nobody to tell."""
     from yuanmoe.engine.engine import Engine
     from yuanmoe.engine.requests import Request
     from yuanmoe.engine.sampling import SamplingParams
-    from yuanmoe.lm import load
 
-    torch.set_num_threads(threads)
-    lm = load(model)
     engine = Engine(lm.model, vocab_size=lm.tokenizer.vocab_size, cache_tokens=OVERHEAD_BATCH * CONTEXT)
     draw = random.Random(0)
     for seed in range(OVERHEAD_BATCH):
@@ -212,6 +211,31 @@ def engine_step(model: Path, threads: int, new_tokens: int) -> dict[str, float]:
         engine.step()
     steps = engine.stats().steps - first
     return {"wall_s": (time.monotonic() - start) / steps, "cpu_s": (time.process_time() - cpu) / steps}
+
+
+def overhead(server: Target, model: Path, threads: int, new_tokens: int) -> dict[str, Any]:
+    """Steps of the server and of the engine alone, in turn, each while the other rests; shares of pairs of them."""
+    import torch
+
+    from yuanmoe.lm import load
+
+    torch.set_num_threads(threads)
+    lm = load(model)
+    rounds = [(server_step(server, new_tokens), engine_step(lm, new_tokens)) for _ in range(OVERHEAD_ROUNDS)]
+    shares = {kind: [1 - alone[f"{kind}_s"] / step[f"{kind}_s"] for step, alone in rounds] for kind in ("wall", "cpu")}
+    return {
+        "server": medians([step for step, _ in rounds]),
+        "engine_alone": medians([alone for _, alone in rounds]),
+        "share": {kind: spread(values) for kind, values in shares.items()},
+    }
+
+
+def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def soak(server: Target, number: int, seconds: float) -> dict[str, Any]:
@@ -284,35 +308,35 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"benchmark": "serve_load", "model": str(options.model or options.preset)}
-    new_tokens = CONTEXT - PROMPT_TOKENS[1]
     with target(options.url, model, options.threads) as server:
         throughput(server, 4, 2)  # pages are touched, code is warm
         runs = [throughput(server, 1, options.seconds / 4), throughput(server, options.clients, options.seconds)]
         ratio = runs[1]["tokens_per_s"] / runs[0]["tokens_per_s"]
         show_throughput(runs)
         console.print(f"{options.clients} clients get {ratio:.1f} x the tokens of one\n")
-        step = server_step(server, new_tokens)
-        result |= {"throughput": runs, "ratio": ratio, "server_step": step}
+        result |= {"throughput": runs, "ratio": ratio}
+        if server.process is not None:
+            result["overhead"] = overhead(server, model, options.threads, CONTEXT - PROMPT_TOKENS[1])
+            show_overhead(**result["overhead"])
         if options.soak:
             result["soak"] = soak(server, options.clients, options.soak)
             show_soak(result["soak"])
-    if options.url is None:
-        alone = engine_step(model, options.threads, new_tokens)
-        share = {kind: 1 - alone[f"{kind}_s"] / step[f"{kind}_s"] for kind in ("wall", "cpu")}
-        result |= {"engine_alone": alone, "overhead_share": share}
-        show_step(step, alone, share)
     return result
 
 
-def show_step(step: dict[str, float], alone: dict[str, float], share: dict[str, float]) -> None:
+def show_overhead(server: dict[str, float], engine_alone: dict[str, float], share: dict[str, dict[str, float]]) -> None:
     rows = [
-        (name, f"{1000 * step[kind]:.2f}", f"{1000 * alone[kind]:.2f}", f"{share[kind.removesuffix('_s')]:.0%}")
-        for name, kind in (("time", "wall_s"), ("processor time", "cpu_s"))
+        (name, f"{1000 * server[f'{kind}_s']:.2f}", f"{1000 * engine_alone[f'{kind}_s']:.2f}", percent(share[kind]))
+        for name, kind in (("time", "wall"), ("processor time", "cpu"))
     ]
-    title = f"milliseconds of a step with {step['batch']:.1f} streams"
+    title = f"milliseconds of a step with {server['batch']:.1f} streams; medians of {OVERHEAD_ROUNDS} rounds in turn"
     print_table(console, title, ("", "server", "engine alone", "server's own"), rows)
-    loop = 1000 * step["event_loop_cpu_s"]
+    loop = 1000 * server["event_loop_cpu_s"]
     console.print(f"the event loop's processor time is {loop:.2f} ms, on a core of its own where there is one\n")
+
+
+def percent(share: dict[str, float]) -> str:
+    return f"{share['median']:.0%} ({share['low']:.0%} to {share['high']:.0%})"
 
 
 def show_soak(run: dict[str, Any]) -> None:
