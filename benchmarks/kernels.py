@@ -1,9 +1,10 @@
 """The compiled kernels at the layer sizes of Yuan 2.0-M32, beside torch's and beside what this machine can do.
 
-    python benchmarks/kernels.py [--threads N] [--runs N] [--only decode|prefill|bf16] > result.json
+    python benchmarks/kernels.py [--threads N] [--runs N] [--only decode|prefill|bf16|attention] > result.json
 
 Decode reads every weight once for one token: GB/s of weights, beside the read bandwidth. Prefill computes 512 tokens:
-GOP/s, beside the most 8-bit multiply-adds that the CPU can do. Contenders take turns, each over more weights than
+GOP/s, beside the most 8-bit multiply-adds that the CPU can do. Attention reads the keys and values of one sequence for
+one query: GB/s of them. Contenders take turns, each over more weights than
 caches hold; the table (stderr) and the JSON (stdout) give the median and the slowest and fastest run.
 Legend: O outputs, I inputs, E experts, F expert width, D hidden.
 """
@@ -115,6 +116,47 @@ def bf16() -> list[Contender]:
     ]
 
 
+def attention_of(name: str, context: int, dtype: torch.dtype, *, page: int | None = None) -> Contender:
+    """One query of all heads over keys and values that are stored whole, or in pages that lie anywhere."""
+    H, C = M32.num_attention_heads, M32.head_dim
+    slots = page or context
+    shape = (context // slots, H, slots, C)
+
+    def make() -> tuple[Tensor, ...]:
+        return tuple(torch.randn(shape).to(dtype) for _ in range(2))
+
+    caches = rotation(make, lambda pair: 2 * pair[0].nbytes)
+    scales = (torch.ones(shape[:-1]), torch.ones(shape[:-1])) if dtype == torch.int8 else None
+    pages = torch.randperm(shape[0], dtype=torch.int32)[None] if page else None
+    q = torch.randn(1, H, C)
+    return Contender(
+        name=name,
+        call=lambda: [native.attention(q, *pair, [context - 1], [1], scales, pages) for pair in caches],
+        amount=len(caches) * 2 * caches[0][0].nbytes,
+        unit="GB/s",
+    )
+
+
+def attention_of_torch(name: str, context: int) -> Contender:
+    shape = (1, M32.num_attention_heads, context, M32.head_dim)
+    caches = rotation(lambda: torch.randn(2, *shape).bfloat16().unbind(), lambda pair: 2 * pair[0].nbytes)
+    q = torch.randn(1, M32.num_attention_heads, 1, M32.head_dim).bfloat16()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    amount = len(caches) * 2 * caches[0][0].nbytes
+    return Contender(name=name, call=lambda: [attend(q, *pair) for pair in caches], amount=amount, unit="GB/s")
+
+
+def attention() -> list[Contender]:
+    return [
+        reading(),
+        attention_of("bf16, 512 tokens", 512, torch.bfloat16),
+        attention_of("bf16, 2,048 tokens", 2048, torch.bfloat16),
+        attention_of("bf16, 2,048 tokens in pages of 32", 2048, torch.bfloat16, page=32),
+        attention_of("int8, 2,048 tokens", 2048, torch.int8),
+        attention_of_torch("torch bf16, 2,048 tokens", 2048),
+    ]
+
+
 def report(name: str, contenders: list[Contender], runs: int) -> dict[str, dict[str, Any]]:
     result = measure(contenders, runs)
     rows = [[key, *(f"{row[at]:.1f}" for at in ("median", "min", "max")), row["unit"]] for key, row in result.items()]
@@ -122,11 +164,14 @@ def report(name: str, contenders: list[Contender], runs: int) -> dict[str, dict[
     return result
 
 
+SECTIONS = {"decode": decode, "prefill": prefill, "bf16": bf16, "attention": attention}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--only", choices=("decode", "prefill", "bf16"))
+    parser.add_argument("--only", choices=tuple(SECTIONS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -138,7 +183,7 @@ def main() -> None:
         "variant": native.variant(),
         "torch": torch.__version__,
     }
-    for name, make in (("decode", decode), ("prefill", prefill), ("bf16", bf16)):
+    for name, make in SECTIONS.items():
         if options.only in (None, name):
             result[name] = report(name, make(), options.runs)
     print_result(result)

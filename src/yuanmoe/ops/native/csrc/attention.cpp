@@ -25,14 +25,16 @@ std::vector<Queries> cut(const int64_t* past, const int64_t* counts, int64_t seq
     return out;
 }
 
-// What one thread needs for one head: a block of keys and of values, queries and their sums, all in float32.
+// What one thread needs for one head: a block of keys and of values, queries and their sums, all in float32, and one
+// vector more.
 struct Workspace {
-    explicit Workspace(int64_t padded) : padded(padded), data(2 * (kKeysAtOnce + kQueriesAtOnce) * padded) {}
+    explicit Workspace(int64_t padded) : padded(padded), data((2 * (kKeysAtOnce + kQueriesAtOnce) + 1) * padded) {}
 
     float* keys() { return data.data(); }
     float* values() { return keys() + kKeysAtOnce * padded; }
     float* query(int64_t t) { return values() + (kKeysAtOnce + t) * padded; }
     float* sum(int64_t t) { return query(kQueriesAtOnce + t); }
+    float* one() { return sum(kQueriesAtOnce); }
 
     int64_t padded;
     std::vector<float> data;
@@ -41,21 +43,25 @@ struct Workspace {
 Vectors widened(const Kernels& kernels, const Vectors& from, int64_t count, int64_t channels, int64_t padded,
                 float* to) {
     kernels.widen(from, count, channels, padded, to);
-    return {to, nullptr, Stored::kFloat32, true};
+    return {to, from.scales, Stored::kFloat32, nullptr};
 }
 
 void attend_head(const Call& call, const KeyValues& cache, const Queries& queries, int64_t head, const void* q,
                  void* out) {
-    const int64_t channels = cache.channels, padded = (channels + 15) / 16 * 16;
+    const bool split = cache.stored == Stored::kBfloat16;
+    const int64_t channels = cache.channels, step = split ? kDotColumns : 16;
+    const int64_t padded = (channels + step - 1) / step * step;
     static thread_local Workspace reused(0);
     if (reused.padded != padded) reused = Workspace(padded);
     Workspace& space = reused;
     Softmax states[kQueriesAtOnce];
     const float scale = 1.0f / std::sqrt(static_cast<float>(channels));
     for (int64_t t = 0; t < queries.count; ++t) {
-        float* query = space.query(t);
-        read_values(q, call.dtype, ((queries.token + t) * cache.heads + head) * channels, channels, query);
-        for (int64_t i = 0; i < channels; ++i) query[i] *= scale;
+        float *query = space.query(t), *read = split ? space.one() : query;
+        std::fill_n(read, padded, 0.0f);
+        read_values(q, call.dtype, ((queries.token + t) * cache.heads + head) * channels, channels, read);
+        for (int64_t i = 0; i < channels; ++i) read[i] *= scale;
+        for (int64_t i = 0; split && i < padded; i += step) split_step(read + i, query + i);
         std::fill_n(space.sum(t), padded, 0.0f);
         states[t] = {-INFINITY, 0.0f, space.sum(t)};
     }
@@ -64,6 +70,12 @@ void attend_head(const Call& call, const KeyValues& cache, const Queries& querie
         const int64_t count = std::min<int64_t>(kKeysAtOnce, last - start);
         const int64_t first = cache.vector(queries.sequence, head, start);
         Vectors keys = cache.vectors(false, first), values = cache.vectors(true, first);
+        const bool ends = start + kKeysAtOnce >= last;
+        if (!ends || head + 1 < cache.heads) {
+            const int64_t next = cache.vector(queries.sequence, head + ends, ends ? 0 : start + kKeysAtOnce);
+            keys.next = cache.vectors(false, next).data;
+            values.next = cache.vectors(true, next).data;
+        }
         if (channels < padded || (queries.count >= kWidenFrom && cache.stored != Stored::kFloat32)) {
             keys = widened(*call.kernels, keys, count, channels, padded, space.keys());
             values = widened(*call.kernels, values, count, channels, padded, space.values());
@@ -74,9 +86,10 @@ void attend_head(const Call& call, const KeyValues& cache, const Queries& querie
         }
     }
     for (int64_t t = 0; t < queries.count; ++t) {
-        float* sum = space.sum(t);
-        for (int64_t i = 0; i < channels; ++i) sum[i] /= states[t].total;
-        write_values(out, call.dtype, ((queries.token + t) * cache.heads + head) * channels, channels, sum);
+        float *sum = space.sum(t), *mean = split ? space.one() : sum;
+        for (int64_t i = 0; i < padded; ++i) sum[i] /= states[t].total;
+        for (int64_t i = 0; split && i < padded; i += step) join_step(sum + i, mean + i);
+        write_values(out, call.dtype, ((queries.token + t) * cache.heads + head) * channels, channels, mean);
     }
 }
 
@@ -86,7 +99,7 @@ Vectors KeyValues::vectors(bool of_values, int64_t first) const {
     const int64_t bytes = stored == Stored::kFloat32 ? 4 : stored == Stored::kBfloat16 ? 2 : 1;
     const float* scales = of_values ? value_scales : key_scales;
     return {static_cast<const char*>(of_values ? values : keys) + first * channels * bytes,
-            stored == Stored::kInt8 ? scales + first : nullptr, stored, false};
+            stored == Stored::kInt8 ? scales + first : nullptr, stored, nullptr};
 }
 
 bool KeyValues::has_pages(const int64_t* past, const int64_t* counts, int64_t sequences) const {

@@ -233,7 +233,7 @@ constexpr Kernels kernels() {
             block_of_width<Lanes, 8>,
             swiglu,
             dots_bf16<Lanes>,
-            widen,
+            widen<Lanes>,
             attend<Lanes>,
             encode,
             rms_norm<Lanes>,

@@ -11,6 +11,7 @@ namespace {
 struct Avx512Lanes {
     // 12 integer and 12 float sums leave 8 of the 32 registers; vpdpbusd (latency 5, two a cycle) wants 10 chains.
     static constexpr int kTile = 12;
+    static constexpr int kChannelsTogether = 256;  // of values that are weighed
     static constexpr int kBf16Rows = 4, kBf16Tile = 6;  // 24 sums, four rows and a token: 29 registers
     // How far ahead weights are asked for, in bytes: near into the first cache, and far into the second, which waits for
     // 48 lines at a time where the first waits for 16 (measured on Sapphire Rapids, two cores, 4-bit weights: 18 GB/s
@@ -35,9 +36,6 @@ struct Avx512Lanes {
     static Floats odd_bfloat16(const uint16_t* p) {
         const Ints high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
         return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high));
-    }
-    static Floats load_bfloat16(const uint16_t* p) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
     }
     static Floats load_codes(const int8_t* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

@@ -8,6 +8,7 @@ namespace {
 
 struct PortableLanes {
     static constexpr int kTile = 4;
+    static constexpr int kChannelsTogether = 64;  // of values that are weighed
     static constexpr int kBf16Rows = 1, kBf16Tile = 1;
     static constexpr int kAhead = 1536, kFarAhead = 0, kOnceLocality = 0;  // as AVX2
     static int32_t bias(int bits) { return bits == 4 ? 8 : 0; }
@@ -81,9 +82,6 @@ struct PortableLanes {
         return each([&](int i) { return bits_to_float(static_cast<uint32_t>(p[2 * i]) << 16); });
     }
     static Floats odd_bfloat16(const uint16_t* p) { return even_bfloat16(p + 1); }
-    static Floats load_bfloat16(const uint16_t* p) {
-        return each([&](int i) { return bits_to_float(static_cast<uint32_t>(p[i]) << 16); });
-    }
     static Floats load_codes(const int8_t* p) {
         return each([&](int i) { return static_cast<float>(p[i]); });
     }

@@ -16,6 +16,24 @@ constexpr int kBlockRows = 16;
 constexpr int kMaxTile = 12;    // the most tokens that any variant computes at once
 constexpr int kMaxGroup = 128;
 constexpr int kDotColumns = 32;  // columns of a bf16 row in one step
+// Where a column goes in what meets such rows: in each step the even ones before the odd ones, as registers split them.
+inline int64_t bf16_place(int64_t column) {
+    const int64_t in_step = column % kDotColumns;
+    return column - in_step + in_step % 2 * (kDotColumns / 2) + in_step / 2;
+}
+// A step of columns to their places, and back.
+inline void split_step(const float* columns, float* places) {
+    for (int i = 0; i < kDotColumns / 2; ++i) {
+        places[i] = columns[2 * i];
+        places[i + kDotColumns / 2] = columns[2 * i + 1];
+    }
+}
+inline void join_step(const float* places, float* columns) {
+    for (int i = 0; i < kDotColumns / 2; ++i) {
+        columns[2 * i] = places[i];
+        columns[2 * i + 1] = places[i + kDotColumns / 2];
+    }
+}
 
 // `matrices` equal matrices in the packed layout, as the Python side describes them.
 struct Quantized {
@@ -56,7 +74,7 @@ struct Vectors {
     const void* data;
     const float* scales;
     Stored stored;
-    bool widened;  // a moment ago, so that they are in the cache
+    const void* next;  // the vectors that are read after these, to be asked for meanwhile; null if there are none
 };
 
 // A softmax on its way over blocks of keys: `sum` is the weighted sum of values, `total` that of the weights.
@@ -82,10 +100,10 @@ struct Kernels {
     // with zeros.
     void (*dots_bf16)(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, int64_t x_stride,
                       int64_t tokens, float* out, int64_t out_stride);
-    // out[j] = vector j in float32, padded with zeros.
+    // out[j] = vector j in float32, padded with zeros; codes without their scales, bf16 at its bf16_place.
     void (*widen)(const Vectors& from, int64_t count, int64_t channels, int64_t padded, float* out);
     // One query over up to kKeysAtOnce keys and values of a multiple of 16 channels; the same number whether they were
-    // widened before or not.
+    // widened before or not. Over bf16 it is a multiple of kDotColumns, and q and the sum are at their bf16_place.
     void (*attend)(const float* q, const Vectors& keys, const Vectors& values, int64_t count, int64_t channels,
                    Softmax* state);
     // 8-bit codes of a vector; returns their scale.

@@ -56,11 +56,7 @@ class FloatRows {
     }
     // Columns [first, first + count) of a row.
     void put(int64_t row, int64_t first, int64_t count, const float* values) {
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t column = first + i, in_step = column % kDotColumns;
-            const int64_t place = column - in_step + in_step % 2 * (kDotColumns / 2) + in_step / 2;
-            values_[row * stride_ + place] = values[i];
-        }
+        for (int64_t i = 0; i < count; ++i) values_[row * stride_ + bf16_place(first + i)] = values[i];
     }
     // out[i][kRowsAtOnce] = up to so many rows of a weight times rows [first, first + count), a tile.
     void dots(const Call& call, const uint16_t* weight, int64_t weight_rows, int64_t first, int64_t count,
