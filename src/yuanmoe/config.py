@@ -16,6 +16,7 @@ from yuanmoe.errors import ConfigError
 RouterKind = Literal["attention", "linear", "shared-expert"]
 RopeAngles = Literal["float32", "bfloat16"]
 Packing = Literal["continuous", "megatron", "hf-mask", "isolated"]
+SPECIAL_TOKENS = ("eod_token_id", "sep_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,7 @@ class ModelConfig:
             raise ConfigError(f"max_position_embeddings is {self.max_position_embeddings}; it must be at least 1")
         if not 0 <= self.attention_dropout < 1:
             raise ConfigError(f"attention_dropout is {self.attention_dropout}; it must be in [0, 1)")
-        for name in ("eod_token_id", "sep_token_id", "pad_token_id"):
+        for name in SPECIAL_TOKENS:
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ConfigError(f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
 

@@ -9,7 +9,7 @@ Not here: tensor-parallel splits, optimizer and random states.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from yuanmoe.checkpoint.lazy import ComposedTensor, LazyTensor, Part, Weights
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD
 from yuanmoe.checkpoint.pickle_file import MEGATRON_NAMES, Inert, read_pickle
+from yuanmoe.config import SPECIAL_TOKENS, ModelConfig
 from yuanmoe.errors import CheckpointError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -201,8 +202,16 @@ def megatron_fields(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
             f"the Megatron checkpoint has num_attention_heads {heads} in its args and {len(shapes)} tensors; "
             "that does not describe a model: put the official config.json beside it, or download it again"
         )
-    fields: dict[str, Any] = {
-        "vocab_size": shapes[EMBEDDING][0],
+    rows = shapes[EMBEDDING][0]
+    released: dict[str, Any] = {f.name: f.default for f in fields(ModelConfig) if f.name in SPECIAL_TOKENS}
+    if rows <= max(released.values()):
+        raise CheckpointError(
+            f"the Megatron checkpoint has a vocabulary of {rows:,}, without the special tokens of the released one "
+            f"({', '.join(f'{name} {value}' for name, value in released.items())}), and does not say its own: put a "
+            "config.json beside it with them and the sizes of the model, as the official ones have"
+        )
+    sizes: dict[str, Any] = {
+        "vocab_size": rows,
         "hidden_size": shapes[EMBEDDING][1],
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -212,8 +221,8 @@ def megatron_fields(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
         "max_position_embeddings": args.get("max_position_embeddings", 4096),
     }
     if "model.layers.0.mlp.down_proj.weight" in shapes:
-        return fields | {"intermediate_size": shapes["model.layers.0.mlp.down_proj.weight"][1]}
-    return fields | {
+        return sizes | {"intermediate_size": shapes["model.layers.0.mlp.down_proj.weight"][1]}
+    return sizes | {
         "num_experts": shapes.get("model.layers.0.mlp.gate.query.weight", (0,))[0],
         "num_experts_per_tok": args.get("moe_router_topk", 2),
         "moe_intermediate_size": shapes.get("model.layers.0.mlp.experts.0.w2.weight", (0, 0))[1],
