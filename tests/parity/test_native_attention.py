@@ -39,7 +39,7 @@ def exact(q, keys, values, past, new):
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 40)), min_size=1, max_size=4),
     heads=st.integers(1, 3),
-    channels=st.integers(1, 80),
+    channels=st.integers(1, 80) | st.sampled_from((128, 256, 288)),
     dtype=st.sampled_from(STORED),
 )
 @torch.inference_mode()

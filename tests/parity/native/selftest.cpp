@@ -390,7 +390,7 @@ int main() {
     }
     for (const Stored stored : {Stored::kFloat32, Stored::kBfloat16, Stored::kInt8}) test_store(stored);
     for (const Stored stored : {Stored::kFloat32, Stored::kBfloat16, Stored::kInt8})
-        for (const int64_t channels : {1, 12, 16, 80, 96}) test_attention(stored, uniform(1, 3), channels);
+        for (const int64_t channels : {1, 12, 16, 80, 96, 288}) test_attention(stored, uniform(1, 3), channels);
     for (const int bits : {4, 8})
         for (const int group : {32, 64, 128}) {
             test_linear(1, 1, 1, bits, group);
