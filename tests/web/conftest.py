@@ -63,13 +63,14 @@ def opened(browser):
     """Opens pages of a URL, each in a browser profile of its own, and watches them."""
     contexts, seen = [], []
 
-    def open_page(url, *, expected=(), **options):
-        """`expected` are parts of console errors that belong to the test."""
+    def open_page(url, *, expected=(), prepare=lambda page: None, **options):
+        """`expected` are parts of console errors that belong to the test; `prepare` sees the page while it is empty."""
         context = browser.new_context(**OPTIONS | options)
         context.set_default_timeout(TIMEOUT_MS)
         contexts.append(context)
         page = context.new_page()
         watch(page, "/".join(url.split("/")[:3]), expected, seen)
+        prepare(page)
         page.goto(url)
         return page
 

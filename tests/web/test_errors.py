@@ -78,13 +78,13 @@ def test_a_server_that_is_gone_is_said_to_be(opened, served, engine, ask):
 
 
 def test_a_question_asked_before_the_server_is_known_is_sent_once_it_is(opened, served, engine, answers):
-    page = opened(served.url + "/icon.svg")
     held = []
-    page.route("**/v1/info", lambda route: held.append(route))
-    page.goto(served.url)
+    page = opened(served.url, prepare=lambda page: page.route("**/v1/info", lambda route: held.append(route)))
+    expect(page.locator("#question")).to_be_focused()  # so the page has started
     page.locator("#question").fill("Hello?")
     page.locator("#question").press("Enter")
     page.wait_for_timeout(100)
+    assert held
     assert page.locator("#question").input_value() == "Hello?"
     for route in held:
         route.continue_()
@@ -93,9 +93,11 @@ def test_a_question_asked_before_the_server_is_known_is_sent_once_it_is(opened, 
 
 
 def test_a_server_that_comes_back_is_met_again(opened, served, engine, ask):
-    page = opened(served.url + "/icon.svg", expected=["Failed to load resource", "ERR_FAILED"])
-    page.route("**/v1/info", lambda route: route.abort())
-    page.goto(served.url)
+    page = opened(
+        served.url,
+        expected=["Failed to load resource", "ERR_FAILED"],
+        prepare=lambda page: page.route("**/v1/info", lambda route: route.abort()),
+    )
     expect(page.locator(".toast")).to_contain_text("cannot be reached")
     ask(page, "Hello?", wait=False)
     expect(page.locator(".toast")).to_have_count(2)
