@@ -20,6 +20,8 @@ from yuanmoe.serve.service import Service
 MODEL = "small"
 CONTEXT = 1024
 CACHE_TOKENS = 4096
+LONG = {"prompt": "def add(", "max_tokens": 900, "logit_bias": {"0": -100}}
+"""A request that goes on until somebody stops it."""
 
 
 class Running(NamedTuple):

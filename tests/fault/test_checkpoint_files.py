@@ -1,14 +1,8 @@
 """Damaged, hostile and mismatched checkpoint files: our own errors, which name the file and what is wrong with it."""
 
-import argparse
-import io
 import json
-import pickle
 import re
 import struct
-import sys
-import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -18,25 +12,19 @@ from safetensors.torch import load_file, save_file
 from checkpoint_writers import (
     official_json,
     official_state,
-    pack_gptq,
     random_state,
     write_bin,
-    write_gptq,
     write_json,
-    write_megatron,
     write_safetensors,
 )
 from small_models import small_config
-from yuanmoe.checkpoint.gptq import packed_tensors
-from yuanmoe.checkpoint.lazy import TensorView
 from yuanmoe.checkpoint.load import load_model, load_state
 from yuanmoe.checkpoint.mapping import layout
-from yuanmoe.checkpoint.pickle_file import open_pickle, read_pickle
 from yuanmoe.checkpoint.safetensors_file import open_safetensors
 from yuanmoe.checkpoint.save import save_native
 from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.config import preset
-from yuanmoe.errors import CheckpointError, ConfigError, ResourceError, UnsafePickleError, UsageError
+from yuanmoe.errors import CheckpointError, ConfigError, ResourceError, UsageError
 
 CONFIG = small_config(hidden_size=12, head_dim=12, intermediate_size=0, tie_word_embeddings=False)
 NORM = "model.layers.1.input_layernorm.weight"
@@ -121,136 +109,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path):
         open_safetensors(tmp_path / "y.safetensors")
 
 
-# --- pickles ----------------------------------------------------------------------------------------------------------
-
-
-class Call:
-    """Unpickles as a call of `function`."""
-
-    def __init__(self, function, *args) -> None:
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-def torch_zip(path: Path, pickled: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        for key, content in storages.items():
-            archive.writestr(f"archive/data/{key}", content)
-    return path
-
-
-def pickled_tensor(shape: tuple, stride: tuple, offset: int = 0, count: int = 6, key: str = "0") -> bytes:
-    """A state dict of one fp32 tensor `x` with these extents."""
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj):
-            return ("storage", torch.FloatStorage, key, "cpu", count) if obj == "the storage" else None
-
-    out = io.BytesIO()
-    rebuilt = Call(torch._utils._rebuild_tensor_v2, "the storage", offset, shape, stride, False, OrderedDict())
-    Pickler(out, 2).dump({"x": rebuilt})
-    return out.getvalue()
-
-
-HOSTILE = {
-    "a shell": (lambda marker: Call(__import__("os").system, f"touch {marker}"), r"posix\.system"),
-    "eval": (lambda marker: Call(eval, f"open({marker!r}, 'w')"), r"builtin.*\.eval"),
-    "open": (lambda marker: Call(open, marker, "w"), r"i?o?\.?open"),
-    "getattr": (lambda marker: Call(getattr, OrderedDict, "__class__"), r"getattr"),
-    "a module of torch": (lambda marker: Call(torch.load, marker), r"torch\.serialization\.load"),
-    "settings": (lambda marker: argparse.Namespace(x=1), r"argparse\.Namespace"),
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_a_pickle_that_asks_for_more_than_tensors_is_refused_unexecuted(tmp_path, official, kind):
-    marker = tmp_path / "was here"
-    make, name = HOSTILE[kind]
-    folder = write_bin(tmp_path / "m", official_json(CONFIG), official | {"evil": make(str(marker))})
-    with pytest.raises(UnsafePickleError, match=rf"pytorch_model\.bin asks for .*{name}.*nothing was executed"):
-        open_checkpoint(folder)
-    assert not marker.exists()
-
-
-def test_a_megatron_file_may_name_settings_but_never_call_anything(tmp_path):
-    config = CONFIG.replace(tie_word_embeddings=True, num_hidden_layers=2)
-    marker = tmp_path / "was here"
-    folder = write_megatron(
-        tmp_path / "m", config, random_state(config), stages=1, evil=Call(__import__("os").system, f"touch {marker}")
-    )
-    with pytest.raises(UnsafePickleError, match=r"posix\.system"):
-        open_checkpoint(folder)
-    assert not marker.exists()
-
-
-def test_inert_names_are_never_imported(tmp_path, monkeypatch):
-    """A module of that name exists and would leave a trace when imported."""
-    (tmp_path / "megatron.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    pickled = b"\x80\x02}X\x01\x00\x00\x00xcmegatron\nsystem\nX\x04\x00\x00\x00boom\x85Rs."
-    _, content = read_pickle(torch_zip(tmp_path / "x.pt", pickled, {}), inert=("megatron",))
-    assert content["x"].name == "megatron.system"
-    assert content["x"].args == ("boom",)
-    assert "megatron" not in sys.modules
-
-
-@pytest.mark.parametrize(
-    ("pickled", "message"),
-    [
-        (pickled_tensor((2, 3), (3, 1)), None),
-        (pickled_tensor((2, 4), (4, 1)), "in 6 elements"),
-        (pickled_tensor((2, 3), (3, 1), offset=1), "in 6 elements"),
-        (pickled_tensor((2, 3), (4, 1)), "in 6 elements"),
-        (pickled_tensor((1000, 1000), (0, 0)), "in 6 elements"),
-        (pickled_tensor((2**62, 2**62), (0, 0)), "in 6 elements"),
-        (pickled_tensor((2, 3), (-3, 1), offset=3), "stride"),
-        (pickled_tensor((2, 3), (3,)), "stride"),
-        (pickled_tensor((2.0, 3), (3, 1)), "shape"),
-        (pickled_tensor((2, 3), (3, 1), count=7), "24 bytes is to hold 7 x torch.float32"),
-        (pickled_tensor((2, 3), (3, 1), key="1"), "lacks the bytes of storage 1"),
-        (pickled_tensor((2, 3), (3, 1))[:-9], "damaged pickle"),
-        # An ordered dictionary dressed as a storage beyond the file: {"x": rebuild(<offset 0, numel 10^9>, ...)}.
-        (
-            b"\x80\x02}X\x01\x00\x00\x00xctorch._utils\n_rebuild_tensor\n(ccollections\nOrderedDict\n)R"
-            b"}(X\x06\x00\x00\x00offsetK\x00X\x05\x00\x00\x00numelJ\x00\xca\x9a\x3bX\x05\x00\x00\x00dtypectorch\nfloat32\nub"
-            b"K\x00K\x08\x85K\x01\x85tRs.",
-            "over OrderedDict",
-        ),
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "memo index 2147483647 in 4 operations"),
-        (b"\x80\x02\x82\x01.", "extension code"),
-        (b"\x80\x02]}X\x01\x00\x00\x00xK\x01sa.", "holds a list"),
-        (b"\x80\x02}X\x01\x00\x00\x00xK\x01s.", "not a dictionary of tensors"),
-    ],
-)
-def test_tensors_stay_within_their_storage(tmp_path, pickled, message):
-    path = torch_zip(tmp_path / "x.bin", pickled, {"0": torch.arange(6.0).numpy().tobytes()})
-    if message is None:
-        assert torch.equal(open_pickle(path).tensors["x"].read(), torch.arange(6.0).view(2, 3))
-        return
-    with pytest.raises(CheckpointError, match=message):
-        open_pickle(path)
-
-
-def test_other_pickle_files_are_refused_with_the_way_out(tmp_path):
-    file = tmp_path / "x.bin"
-    torch.save({"x": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"before 1\.6, save it again with torch\.save"):
-        open_pickle(file)
-    torch_zip(file, pickled_tensor((2, 3), (3, 1)), {"0": bytes(24)}, zipfile.ZIP_DEFLATED)
-    with pytest.raises(CheckpointError, match=r"archive/data\.pkl is compressed"):
-        open_pickle(file)
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("notes.txt", "hello")
-    with pytest.raises(CheckpointError, match=r"zip without data\.pkl"):
-        open_pickle(file)
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("a/data.pkl", b"")
-        archive.writestr("a/byteorder", "big")
-    with pytest.raises(CheckpointError, match="big-endian"):
-        open_pickle(file)
+# --- directories ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.999])
@@ -262,9 +121,6 @@ def test_a_truncated_pickle_shard_is_named(bin_folder, share):
         CheckpointError, match=rf"{shard.name} is truncated or damaged .*{int(share * len(content))} bytes"
     ):
         open_checkpoint(bin_folder)
-
-
-# --- directories ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -405,99 +261,6 @@ def test_damaged_native_directories_are_refused(tmp_path):
         CheckpointError, match=r"'model.embed_tokens.weight' has shape \(32, 12\), config.json describes"
     ):
         open_checkpoint(folder)
-
-
-# --- GPTQ and Megatron ------------------------------------------------------------------------------------------------
-
-
-def test_gptq_pieces_must_be_all_there(tmp_path):
-    config = CONFIG.replace(hidden_size=16, head_dim=16, moe_intermediate_size=16)
-    folder = tmp_path / "m"
-    write_gptq(folder, official_json(config), official_state(config, random_state(config)), 4, (0.4, 0.7))
-    pieces = sorted(folder.glob("*.safetensors0*"))
-    last = pieces[-1].read_bytes()
-    pieces[-1].unlink()
-    with pytest.raises(CheckpointError, match=r"safetensors00 \.\. .*safetensors01 is truncated: \d+ bytes expected"):
-        open_checkpoint(folder)
-    pieces[-1].write_bytes(last)
-    pieces[1].unlink()
-    with pytest.raises(CheckpointError, match=r"gptq_model-4bit-8g\.safetensors01 is missing, beside"):
-        open_checkpoint(folder)
-
-
-def test_other_packings_are_refused():
-    parts, _ = pack_gptq(torch.empty(16, 16), 4, group=8)
-
-    def lazy(**changes):
-        return {f"x.{name}": TensorView.of(part) for name, part in (parts | changes).items() if part is not None}
-
-    for settings, message in (
-        ({"bits": 3}, "in 3 bits; supported: 'gptq' in 2, 4 or 8 bits"),
-        ({"bits": 4, "quant_method": "awq"}, "packed by 'awq'"),
-        ({"bits": 4, "checkpoint_format": "gptq_v2"}, "gptq_v2"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            packed_tensors(lazy(), settings)
-    with pytest.raises(CheckpointError, match=r"tensor 'x\.scales' of a packed weight is missing"):
-        packed_tensors(lazy(scales=None), {"bits": 4})
-    for name, part in (
-        ("qzeros", torch.zeros(1, 2).int()),
-        ("qweight", parts["qweight"].float()),
-        ("scales", torch.ones(2)),
-    ):
-        with pytest.raises(CheckpointError, match="of x have shapes"):
-            packed_tensors(lazy(**{name: part}), {"bits": 4})
-    with pytest.raises(CheckpointError, match=r"x\.g_idx names groups outside 0\.\.1"):
-        packed_tensors(lazy(g_idx=parts["g_idx"] + 1), {"bits": 4})["x.weight"].read()
-
-
-def test_incomplete_or_split_megatron_runs_are_refused(tmp_path):
-    config = CONFIG.replace(tie_word_embeddings=True, num_hidden_layers=2)
-    folder = write_megatron(tmp_path / "m", config, random_state(config), stages=2)
-    ranks = folder / "iter_0001477"
-    with pytest.raises(CheckpointError, match=r"vocabulary of 32, .*eod_token_id 77185, .*: put a config.json"):
-        open_checkpoint(folder)
-    (ranks / "mp_rank_00_001").rename(ranks / "mp_rank_00_002")
-    with pytest.raises(CheckpointError, match="pipeline stage 1 is missing"):
-        open_checkpoint(folder)
-    (ranks / "mp_rank_00_002").rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="pipeline_model_parallel_size is 2, but there are weights for 1"):
-        open_checkpoint(folder)
-    (tmp_path / "elsewhere").rename(ranks / "mp_rank_01_000")
-    with pytest.raises(CheckpointError, match="mp_rank_01_000 is a tensor-parallel or expert-parallel part"):
-        open_checkpoint(folder)
-    (folder / "latest_checkpointed_iteration.txt").write_text("99")
-    with pytest.raises(CheckpointError, match=r"names iteration '99', but .*iter_0000099 is missing"):
-        open_checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"optimizer": 1}, "has no dictionary 'model'"),
-        (
-            {"model": {"language_model": {"what.weight": torch.ones(3)}}},
-            r"unknown tensor 'language_model.what.weight' \(3,\)",
-        ),
-        (
-            {"model": {"word_embeddings_for_head": {"weight": torch.ones(3, 2)}}},
-            "has num_attention_heads 0 in its args",
-        ),
-        (
-            {"model": {"language_model": {"encoder": {"layers.0.mlp.experts.weight1": torch.ones(3, 2)}}}},
-            r"layers.0.mlp.experts.weight1' of shape \(3, 2\) does not fit 0 experts and hidden size 0",
-        ),
-        (
-            {"model": {"language_model": {"encoder": {"layers.0.mlp.dense_h_to_4h.weight": torch.ones(3, 2)}}}},
-            r"layers.0.mlp.dense_h_to_4h.weight' has shape \(3, 2\), which is not 2 equal parts",
-        ),
-    ],
-)
-def test_files_that_are_no_yuan_megatron_checkpoints_are_refused(tmp_path, content, message):
-    (tmp_path / "mp_rank_00").mkdir()
-    torch.save(content, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -23,16 +23,10 @@ inline int64_t bf16_place(int64_t column) {
 }
 // A step of columns to their places, and back.
 inline void split_step(const float* columns, float* places) {
-    for (int i = 0; i < kDotColumns / 2; ++i) {
-        places[i] = columns[2 * i];
-        places[i + kDotColumns / 2] = columns[2 * i + 1];
-    }
+    for (int i = 0; i < kDotColumns; ++i) places[bf16_place(i)] = columns[i];
 }
 inline void join_step(const float* places, float* columns) {
-    for (int i = 0; i < kDotColumns / 2; ++i) {
-        columns[2 * i] = places[i];
-        columns[2 * i + 1] = places[i + kDotColumns / 2];
-    }
+    for (int i = 0; i < kDotColumns; ++i) columns[i] = places[bf16_place(i)];
 }
 
 // `matrices` equal matrices in the packed layout, as the Python side describes them.
