@@ -34,7 +34,7 @@ from yuanmoe.cli.progress import bytes_progress
 from yuanmoe.config import ModelConfig, preset
 from yuanmoe.plan import cost
 from yuanmoe.plan.machine import read_machine
-from yuanmoe.plan.sizes import format_size
+from yuanmoe.units import format_size
 
 NUMBERS = 1 << 25
 """Different normal numbers; 64 MiB, more than caches hold."""

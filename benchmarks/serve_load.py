@@ -27,7 +27,7 @@ from urllib.request import urlopen
 from serve_clients import PROMPT_TOKENS, VOCABULARY, Clients
 
 from yuanmoe.cli.output import people, print_result, print_table
-from yuanmoe.plan.sizes import format_size
+from yuanmoe.units import format_size
 
 if TYPE_CHECKING:
     from yuanmoe.lm import LanguageModel

@@ -22,8 +22,8 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.data.manifest import Manifest
 from yuanmoe.evals.run_page import WIDTH, Series, chart
 from yuanmoe.plan import cost
-from yuanmoe.runs import ENVIRONMENT, RECIPE, read_metrics
 from yuanmoe.shipped import CARD
+from yuanmoe.storage.run_folder import ENVIRONMENT, RECIPE, read_metrics
 from yuanmoe.train.checkpoint import newest
 from yuanmoe.train.data import TrainingData, open_data
 from yuanmoe.train.meter import bits_per_byte

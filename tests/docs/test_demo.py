@@ -11,7 +11,7 @@ import pytest
 
 import yuanmoe
 from yuanmoe.checkpoint.store import open_checkpoint
-from yuanmoe.runs import read_metrics
+from yuanmoe.storage.run_folder import read_metrics
 
 SMALL = ("--corpus-size", "400KB")
 STAGES = ["corpus", "tokenizer", "tokens", "model"]

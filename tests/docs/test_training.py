@@ -15,7 +15,7 @@ from small_runs import TINY, arguments, write_tokens
 from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.cli import main
 from yuanmoe.evals.run_page import Series, chart, run_page
-from yuanmoe.runs import RECIPE, SAMPLES, read_lines, read_metrics
+from yuanmoe.storage.run_folder import RECIPE, SAMPLES, read_lines, read_metrics
 from yuanmoe.train.board import Board
 from yuanmoe.train.recipes import named
 from yuanmoe.train.settings import flat, override

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from checkpoint_writers import memory_folder, official_json, official_state, random_state, write_bin
 from small_models import small_config
-from yuanmoe.checkpoint import folder as folders
 from yuanmoe.checkpoint.convert import convert
 from yuanmoe.checkpoint.save import save_native
 from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.checkpoint.verify import verify
 from yuanmoe.cli.main import app
 from yuanmoe.errors import CheckpointError, ConfigError, ResourceError, UsageError
+from yuanmoe.storage import folder as folders
 
 CONFIG = small_config(hidden_size=12, head_dim=12, intermediate_size=0, tie_word_embeddings=False)
 SHARD_BYTES = 8_000

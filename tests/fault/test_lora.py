@@ -23,7 +23,7 @@ from yuanmoe.cli.main import main
 from yuanmoe.errors import CheckpointError, ConfigError
 from yuanmoe.model.targets import LoraSettings
 from yuanmoe.plan.machine import Rate
-from yuanmoe.runs import read_metrics
+from yuanmoe.storage.run_folder import read_metrics
 from yuanmoe.train.checkpoint import FACTS, steps
 from yuanmoe.train.loop import Training
 from yuanmoe.train.recipe import BalanceSettings

@@ -22,7 +22,7 @@ from yuanmoe.data.megatron import write_megatron
 from yuanmoe.data.pack import pack_texts
 from yuanmoe.data.packed import PackedTokens
 from yuanmoe.errors import CheckpointError, DataError, ResourceError, TokenizerError, TrainingError
-from yuanmoe.runs import read_metrics
+from yuanmoe.storage.run_folder import read_metrics
 from yuanmoe.train import guard
 from yuanmoe.train.checkpoint import Checkpoints, newest, read_facts, snapshot, steps, surplus
 from yuanmoe.train.data import open_data

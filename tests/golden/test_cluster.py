@@ -13,7 +13,7 @@ from yuanmoe.plan.layout import Layout, Training
 from yuanmoe.plan.nodes import WIRES, Cluster, parse_cluster, wires_of
 from yuanmoe.plan.parts import Case
 from yuanmoe.plan.relief import remedies
-from yuanmoe.plan.sizes import GIB, parse_rate
+from yuanmoe.units import GIB, parse_rate
 
 
 def cluster_of(name: str, devices_per_node: int = 8, nodes: int = 12) -> Cluster:

@@ -10,7 +10,7 @@ from yuanmoe.plan import machine, planner
 from yuanmoe.plan.devices import DEVICES, Device, find_device
 from yuanmoe.plan.machine import Machine, Rate, as_device
 from yuanmoe.plan.planner import Load, Remedy
-from yuanmoe.plan.sizes import GIB, format_count, format_size, parse_size
+from yuanmoe.units import GIB, format_count, format_size, parse_size
 
 M32 = preset("m32")
 TWO_CORES = find_device("24GiB-2core")

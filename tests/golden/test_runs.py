@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from yuanmoe import runs
-from yuanmoe.runs import ENVIRONMENT, METRICS, RECIPE, RunFolder, git_commit, read_metrics
+from yuanmoe.storage import run_folder as runs
+from yuanmoe.storage.run_folder import ENVIRONMENT, METRICS, RECIPE, RunFolder, git_commit, read_metrics
 
 
 def test_a_run_folder_says_what_was_asked_where_and_what_came_of_it(tmp_path):

@@ -16,8 +16,8 @@ from yuanmoe.checkpoint.verify import verify
 from yuanmoe.cli.main import main
 from yuanmoe.errors import CheckpointError
 from yuanmoe.plan import cost
-from yuanmoe.runs import RECIPE
 from yuanmoe.shipped import CARD, model_folder, small_folder
+from yuanmoe.storage.run_folder import RECIPE
 from yuanmoe.train.recipes import CODE_PROMPTS, small
 from yuanmoe.train.settings import override
 

@@ -11,7 +11,7 @@ from yuanmoe.plan import planner
 from yuanmoe.plan.cost import PRECISIONS
 from yuanmoe.plan.devices import DEVICES, Device
 from yuanmoe.plan.planner import Load
-from yuanmoe.plan.sizes import GIB
+from yuanmoe.units import GIB
 
 NEXT_BITS = {4: 8, 8: 16}
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.json_file import read_json
 from yuanmoe.checkpoint.lazy import TensorView
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, layout
 from yuanmoe.checkpoint.native_config import ADAPTER_FORMAT
@@ -32,6 +31,7 @@ from yuanmoe.errors import CheckpointError, ConfigError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.lora import A, B, attach, factor_tensors
 from yuanmoe.model.targets import LoraSettings, Shape, factor_shapes, num_parameters, role_of, targets
+from yuanmoe.storage.json_file import read_json
 
 VERSION = 1
 TENSORS = "adapter.safetensors"

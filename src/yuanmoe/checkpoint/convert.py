@@ -8,11 +8,11 @@ from typing import Literal, Unpack, get_args
 
 import torch
 
-from yuanmoe.checkpoint.folder import check_apart
 from yuanmoe.checkpoint.save import save_native, save_official
 from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.checkpoint.writer import WriteOptions, Written
 from yuanmoe.errors import UsageError
+from yuanmoe.storage.folder import check_apart
 
 Target = Literal["native", "official"]
 

@@ -28,7 +28,7 @@ from yuanmoe.model.quantized import quantized_model
 from yuanmoe.ops.quant import BITS
 from yuanmoe.plan import cost
 from yuanmoe.plan.machine import read_machine
-from yuanmoe.plan.sizes import format_size
+from yuanmoe.units import format_size
 
 ASSUMED_RATE = 1e9
 """Bytes a second of a disk that could not be measured."""

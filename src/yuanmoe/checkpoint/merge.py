@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from yuanmoe.checkpoint.adapter import Adapter, adapted_shapes, check_source, open_adapter
-from yuanmoe.checkpoint.folder import check_apart
 from yuanmoe.checkpoint.lazy import LazyTensor, main_dtype
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, layout
 from yuanmoe.checkpoint.native_config import native_config
@@ -21,6 +20,7 @@ from yuanmoe.checkpoint.store import Source, open_checkpoint
 from yuanmoe.checkpoint.writer import WriteOptions, Written, write_checkpoint
 from yuanmoe.errors import UsageError
 from yuanmoe.model.lora import A, B
+from yuanmoe.storage.folder import check_apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,13 +15,13 @@ from pathlib import Path
 from torch import Tensor
 
 from yuanmoe.checkpoint.adapter import Adapter, adapted_shapes
-from yuanmoe.checkpoint.folder import Kind, new_folder, write_synced
-from yuanmoe.checkpoint.json_file import json_text
 from yuanmoe.checkpoint.lazy import TensorView
 from yuanmoe.checkpoint.safetensors_file import write_safetensors
 from yuanmoe.errors import CheckpointError
 from yuanmoe.model.lora import A, B
 from yuanmoe.model.targets import ROUTER, role_of
+from yuanmoe.storage.folder import Kind, new_folder, write_synced
+from yuanmoe.storage.json_file import json_text
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PARAMETERS = (ROUTER, "experts")

@@ -21,7 +21,6 @@ import torch
 from yuanmoe.checkpoint import gptq
 from yuanmoe.checkpoint.calibration import Calibrated, Calibration
 from yuanmoe.checkpoint.encoding import EncodedWeight, Encoder, Kept, Rounded, keeps
-from yuanmoe.checkpoint.folder import check_apart, remove_leftovers
 from yuanmoe.checkpoint.lazy import LazyTensor, main_dtype
 from yuanmoe.checkpoint.mapping import layout
 from yuanmoe.checkpoint.native_config import native_config
@@ -33,6 +32,7 @@ from yuanmoe.checkpoint.writer import WriteOptions, Written, write_checkpoint
 from yuanmoe.errors import UsageError
 from yuanmoe.ops.packing import PackedFormat
 from yuanmoe.plan.cost import Precision
+from yuanmoe.storage.folder import check_apart, remove_leftovers
 
 Method = Literal["rtn", "mse", "gptq"]
 """Round to nearest, scales of least squared error, or errors made up for on a calibration text."""

@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from yuanmoe.checkpoint.json_file import read_json
 from yuanmoe.checkpoint.lazy import LazyTensor, Weights
 from yuanmoe.checkpoint.mapped import MappedBytes
 from yuanmoe.checkpoint.pickle_file import open_pickle
 from yuanmoe.checkpoint.safetensors_file import open_safetensors
 from yuanmoe.errors import CheckpointError
+from yuanmoe.storage.json_file import read_json
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 
 from yuanmoe.checkpoint.gptq import packed_tensors
-from yuanmoe.checkpoint.json_file import read_json
 from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, Weights, main_dtype
 from yuanmoe.checkpoint.mapped import MappedBytes
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, check_tensors, layout, to_native
@@ -34,6 +33,7 @@ from yuanmoe.checkpoint.shards import open_weights
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, ConfigError, UsageError
 from yuanmoe.plan.cost import Precision
+from yuanmoe.storage.json_file import read_json
 
 Format = Literal["native", "official", "gptq", "megatron"]
 

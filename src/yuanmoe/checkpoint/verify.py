@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yuanmoe.checkpoint.lazy import BLOCK_BYTES
-from yuanmoe.checkpoint.manifest import MANIFEST, Manifest
 from yuanmoe.checkpoint.store import Format, open_checkpoint
 from yuanmoe.checkpoint.writer import silent
 from yuanmoe.errors import CheckpointError
+from yuanmoe.storage.manifest import MANIFEST, Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

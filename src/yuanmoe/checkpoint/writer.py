@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from yuanmoe.checkpoint.folder import check_free_disk, copy_synced, new_folder, write_synced
-from yuanmoe.checkpoint.json_file import json_text
 from yuanmoe.checkpoint.lazy import LazyTensor
-from yuanmoe.checkpoint.manifest import MANIFEST, Manifest
 from yuanmoe.checkpoint.safetensors_file import write_safetensors
 from yuanmoe.checkpoint.shards import SAFETENSORS_INDEX
+from yuanmoe.storage.folder import check_free_disk, copy_synced, new_folder, write_synced
+from yuanmoe.storage.json_file import json_text
+from yuanmoe.storage.manifest import MANIFEST, Manifest
 
 SHARD_BYTES = 5_000_000_000
 """A shard holds at most this, or one tensor. One layer of M32 has 3.3 GB."""

@@ -11,7 +11,7 @@ from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.output import people
 from yuanmoe.plan import cost
 from yuanmoe.plan.machine import measure_bandwidth
-from yuanmoe.plan.sizes import MIB, format_count
+from yuanmoe.units import MIB, format_count
 
 if TYPE_CHECKING:
     from yuanmoe.lm import Completion, LanguageModel, Stream

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from yuanmoe.cli.output import print_table
-from yuanmoe.plan.sizes import format_size
+from yuanmoe.units import format_size
 
 
 def print_phase(console: Console, phase: str, result: dict[str, Any]) -> None:

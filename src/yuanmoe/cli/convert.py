@@ -8,8 +8,8 @@ import typer
 
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.progress import bytes_progress
-from yuanmoe.plan.sizes import format_size, parse_size
 from yuanmoe.shipped import SMALL, model_folder
+from yuanmoe.units import format_size, parse_size
 
 Checkpoint = Annotated[
     Path,

@@ -11,7 +11,7 @@ import typer
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.progress import bytes_progress
 from yuanmoe.errors import UsageError
-from yuanmoe.plan.sizes import format_count, format_size, parse_size
+from yuanmoe.units import format_count, format_size, parse_size
 
 data = typer.Typer(
     help="Make datasets of tokens from text, and look into them.",

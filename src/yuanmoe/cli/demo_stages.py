@@ -22,8 +22,8 @@ from yuanmoe.data.packed import PackedTokens
 from yuanmoe.data.tokenizer import load_tokenizer
 from yuanmoe.errors import DataError
 from yuanmoe.plan import cost
-from yuanmoe.plan.sizes import format_count, format_size
 from yuanmoe.train.recipe import Recipe
+from yuanmoe.units import format_count, format_size
 
 LEFT_OUT = "encodings/"
 """Tables of characters: an eighth of the standard library, and nothing to learn from them."""

@@ -25,7 +25,7 @@ from yuanmoe.plan.cost import PRECISIONS, Precision, weight_bytes
 from yuanmoe.plan.devices import Device
 from yuanmoe.plan.machine import Machine, as_device, measure_bandwidth, measure_matmul, read_machine
 from yuanmoe.plan.planner import decode, fits, load_of, memory
-from yuanmoe.plan.sizes import format_count, format_size
+from yuanmoe.units import format_count, format_size
 
 REQUIRED = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "typer", "rich")
 EXTRAS = ("transformers", "peft")

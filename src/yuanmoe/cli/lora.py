@@ -15,7 +15,7 @@ from yuanmoe.cli.progress import bytes_progress
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.targets import LoraSettings, Shape, num_parameters, role_of, targets
 from yuanmoe.plan import cost
-from yuanmoe.plan.sizes import format_count, format_size
+from yuanmoe.units import format_count, format_size
 
 adapter = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What LoRA learned.")
 

@@ -18,7 +18,7 @@ from yuanmoe.plan.devices import Device, find_device
 from yuanmoe.plan.machine import as_device, measure_bandwidth, measure_matmul, read_machine
 from yuanmoe.plan.nodes import parse_cluster
 from yuanmoe.plan.planner import load_of
-from yuanmoe.plan.sizes import parse_size
+from yuanmoe.units import parse_size
 
 RUNNING = ("bits", "context", "batch", "kv_dtype", "device")
 TRAINING = ("nodes", "tokens", "seq", "global_batch", "stages", "layout", "link", "network", "efficiency")

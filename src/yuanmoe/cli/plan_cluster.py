@@ -18,7 +18,7 @@ from yuanmoe.plan.devices import Device
 from yuanmoe.plan.layout import Training, read_stages
 from yuanmoe.plan.nodes import Cluster, wires_of
 from yuanmoe.plan.relief import remedies
-from yuanmoe.plan.sizes import GIB, format_count, format_size, parse_rate
+from yuanmoe.units import GIB, format_count, format_size, parse_rate
 
 RUNNERS_UP = 5
 """Layouts shown after the fastest."""

@@ -13,7 +13,7 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.plan import cost
 from yuanmoe.plan.devices import Device
 from yuanmoe.plan.planner import EXPECTED_SHARE, LAYER_S, Load, Speed, decode, fits, memory, prefill, remedies
-from yuanmoe.plan.sizes import format_count, format_size
+from yuanmoe.units import format_count, format_size
 
 BATCHES = (1, 4, 16)
 """Numbers of sequences side by side that are always shown."""

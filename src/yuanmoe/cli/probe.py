@@ -12,7 +12,7 @@ from yuanmoe.ops.linear import linear
 from yuanmoe.ops.wide import has_bfloat16_matmul
 from yuanmoe.plan.devices import Device
 from yuanmoe.plan.machine import Rate, measure
-from yuanmoe.plan.sizes import GIB
+from yuanmoe.units import GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from yuanmoe.cli.output import people
-from yuanmoe.plan.sizes import format_size
+from yuanmoe.units import format_size
 
 LINE_EVERY_S = 30.0
 """Off a terminal; the first after as long, so that short work leaves no line."""

@@ -18,7 +18,7 @@ from yuanmoe.cli.progress import bytes_progress, tokens_progress
 from yuanmoe.cli.quantize_view import show_plan, show_quality, show_report
 from yuanmoe.cli.text_file import read_tokens
 from yuanmoe.errors import UsageError
-from yuanmoe.plan.sizes import format_size, parse_size
+from yuanmoe.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from yuanmoe.checkpoint.quantize import Job, Quantized
@@ -115,8 +115,8 @@ def _tokens(src: Path, file: Path | None, limit: int) -> list[int]:
 
 def _prepare(src: Path, dst: Path, **settings: Any) -> "Job":
     """What is wrong is said before anything is spent."""
-    from yuanmoe.checkpoint.folder import check_apart
     from yuanmoe.checkpoint.quantize import prepare
+    from yuanmoe.storage.folder import check_apart
 
     check_apart(src, dst)
     with people().status(f"opening {src}"):
@@ -143,9 +143,9 @@ def _write(console: Console, job: "Job", dst: Path, **options: Any) -> "Quantize
 
 def _evaluate(console: Console, job: "Job", dst: Path, file: Path, ids: Sequence[int], report: dict[str, Any]) -> None:
     """Compare both models on a text, show it, and add it to the report beside the weights."""
-    from yuanmoe.checkpoint.folder import write_synced
-    from yuanmoe.checkpoint.json_file import json_text
     from yuanmoe.checkpoint.quantization_report import REPORT
+    from yuanmoe.storage.folder import write_synced
+    from yuanmoe.storage.json_file import json_text
     from yuanmoe.studies.quality import quality
 
     try:

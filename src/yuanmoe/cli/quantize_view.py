@@ -13,7 +13,7 @@ from yuanmoe.cli.output import print_table
 from yuanmoe.plan.cost import ROLES
 from yuanmoe.plan.machine import read_machine
 from yuanmoe.plan.planner import Load, memory
-from yuanmoe.plan.sizes import format_size
+from yuanmoe.units import format_size
 
 if TYPE_CHECKING:
     from yuanmoe.checkpoint.quantize import Job

@@ -17,12 +17,12 @@ from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.layout import Layout
 from yuanmoe.plan.machine import read_machine
-from yuanmoe.plan.sizes import format_count, format_size
 from yuanmoe.train.layout import laid_out, layout_of
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.recipes import RECIPES, named
 from yuanmoe.train.schedule import spent
 from yuanmoe.train.settings import differences, flat, override
+from yuanmoe.units import format_count, format_size
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from yuanmoe.errors import TrainingError
 from yuanmoe.evals.run_page import write_run_page
 from yuanmoe.lm import LanguageModel
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.runs import RunFolder
+from yuanmoe.storage.run_folder import RunFolder
 from yuanmoe.train.board import Board
 from yuanmoe.train.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, snapshot
 from yuanmoe.train.data import TrainingData

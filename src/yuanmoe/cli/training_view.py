@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from yuanmoe.cli.experts import colour
-from yuanmoe.plan.sizes import format_count
 from yuanmoe.train.loop import Progress
 from yuanmoe.train.meter import Balance, Reading
+from yuanmoe.units import format_count
 
 BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 ASCII_BARS = " .:-=+*#@"

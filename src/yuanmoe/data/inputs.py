@@ -13,7 +13,7 @@ from typing import Literal
 
 from yuanmoe.data.corpus import SKIPPED_FOLDERS
 from yuanmoe.errors import DataError
-from yuanmoe.plan.sizes import format_size
+from yuanmoe.units import format_size
 
 Container = Literal["lines", "parquet", "whole"]
 

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
-from yuanmoe.checkpoint.folder import Kind, new_folder
 from yuanmoe.data.chunks import Chunk, Place, chunks
 from yuanmoe.data.documents import silent
 from yuanmoe.data.formats import PARTS, Encoded, Encoder, FormatOptions, Part
@@ -27,6 +26,7 @@ from yuanmoe.data.packed import PackedTokens
 from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.data.workers import map_ordered
 from yuanmoe.errors import DataError
+from yuanmoe.storage.folder import Kind, new_folder
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from yuanmoe.evals.page import document, heat_map
-from yuanmoe.plan.sizes import format_count
-from yuanmoe.runs import ENVIRONMENT, RECIPE, SAMPLES, read_lines, read_metrics
+from yuanmoe.storage.run_folder import ENVIRONMENT, RECIPE, SAMPLES, read_lines, read_metrics
+from yuanmoe.units import format_count
 
 REPORT = "report.html"
 POINTS = 800

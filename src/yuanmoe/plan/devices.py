@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from yuanmoe.errors import UsageError
-from yuanmoe.plan.sizes import GIB
+from yuanmoe.units import GIB
 
 Kind = Literal["cpu", "gpu", "unified"]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from yuanmoe.errors import ResourceError
 from yuanmoe.plan.devices import Device
-from yuanmoe.plan.sizes import KIB, MIB
+from yuanmoe.units import KIB, MIB
 
 # Matmul throughput of a core relative to its fp32 fused multiply-add, best first: multiplications in one instruction
 # times its rate, from Intel's and Arm's instruction references (AMX: 1024 bf16 and 2048 int8 operations a cycle against

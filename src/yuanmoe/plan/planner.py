@@ -17,7 +17,7 @@ from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
 from yuanmoe.plan.cost import PRECISIONS, Precision
 from yuanmoe.plan.devices import DEVICES, Device
-from yuanmoe.plan.sizes import GIB
+from yuanmoe.units import GIB
 
 RUNTIME_BYTES = GIB
 """Python, torch and allocator slack: torch alone takes 0.25 GiB on a CPU, a CUDA context about 0.5 GiB."""

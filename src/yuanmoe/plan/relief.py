@@ -8,7 +8,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.plan.cluster import Plan, Request
 from yuanmoe.plan.devices import DEVICES
 from yuanmoe.plan.nodes import WIRES
-from yuanmoe.plan.sizes import GIB
+from yuanmoe.units import GIB
 
 MOST_NODES = 64
 """Times as many nodes as asked for; more would be no remedy."""

@@ -15,7 +15,7 @@ from yuanmoe.checkpoint.adapter import Adapter, active_parameters, check_source,
 from yuanmoe.checkpoint.store import Source
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ResourceError, UsageError
-from yuanmoe.plan.sizes import format_size
+from yuanmoe.units import format_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

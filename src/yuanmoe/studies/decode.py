@@ -21,9 +21,9 @@ from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
 from yuanmoe.plan.cost import Precision
 from yuanmoe.plan.machine import read_machine
-from yuanmoe.plan.sizes import GIB, format_size
 from yuanmoe.studies.products import layer_beside_torch, measure, multiply_adds, reading
 from yuanmoe.studies.timing import Timing, take_turns
+from yuanmoe.units import GIB, format_size
 
 OTHER_BYTES = GIB
 """torch itself, and what is measured beside the model."""

@@ -33,8 +33,6 @@ from torch import Tensor
 
 from yuanmoe.checkpoint import adapter as adapters
 from yuanmoe.checkpoint.adapter import Adapter
-from yuanmoe.checkpoint.folder import disk_errors
-from yuanmoe.checkpoint.json_file import read_json
 from yuanmoe.checkpoint.lazy import TensorView, main_dtype
 from yuanmoe.checkpoint.native_config import Origin, native_config
 from yuanmoe.checkpoint.safetensors_file import write_safetensors
@@ -42,6 +40,8 @@ from yuanmoe.checkpoint.save import COMPANIONS
 from yuanmoe.checkpoint.writer import Contents, silent, write_checkpoint
 from yuanmoe.errors import CheckpointError, YuanError
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.storage.folder import disk_errors
+from yuanmoe.storage.json_file import read_json
 from yuanmoe.train.ranks import ALONE, Ranks, new_group
 from yuanmoe.train.shard import whole_weights
 from yuanmoe.train.state import TENSORS, piece_name

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yuanmoe.errors import CheckpointError, ResourceError, UsageError, YuanError
-from yuanmoe.plan.sizes import format_size
+from yuanmoe.units import format_size
 
 _MARKER = "unfinished.txt"
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yuanmoe.checkpoint.folder import write_synced
-from yuanmoe.checkpoint.json_file import json_text, read_json
 from yuanmoe.errors import CheckpointError
+from yuanmoe.storage.folder import write_synced
+from yuanmoe.storage.json_file import json_text, read_json
 
 MANIFEST = "manifest.json"
 
