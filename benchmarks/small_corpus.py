@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from yuanmoe.data.bpe import train_bpe
 from yuanmoe.data.corpus import Document, stdlib_documents
 from yuanmoe.data.packages import Package, installed_packages
+from yuanmoe.text.bpe import train_bpe
 
 LEFT_OUT = "encodings/"
 """Tables of characters."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.engine.requests import Output, Request, Stats, TokenRouting
 from yuanmoe.errors import YuanError
+from yuanmoe.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

@@ -6,8 +6,8 @@ from small_models import random_model, small_config
 from small_tokenizers import bpe
 from yuanmoe.checkpoint.save import save_native
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.lm import LanguageModel
+from yuanmoe.text.tokenizer import Tokenizer
 
 
 def lm_config(tokenizer: Tokenizer, **changes) -> ModelConfig:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import sentencepiece
 from hypothesis import strategies as st
 
-from yuanmoe.data.bpe import BPETokenizer, train_bpe
-from yuanmoe.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from yuanmoe.data.tokenizer import Tokenizer, Whitespace
+from yuanmoe.text.bpe import BPETokenizer, train_bpe
+from yuanmoe.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from yuanmoe.text.tokenizer import Tokenizer, Whitespace
 
 TEXTS = (
     "def add(first, second):\n    return first + second\n\n\n",

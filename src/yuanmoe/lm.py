@@ -17,9 +17,6 @@ from yuanmoe.checkpoint.load import model_of, usable_device
 from yuanmoe.checkpoint.native_config import parse_dtype, parse_kv_dtype
 from yuanmoe.checkpoint.store import Source, open_checkpoint
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.chat import Message, encode_chat
-from yuanmoe.data.detokenize import StopStrings, StreamingDetokenizer
-from yuanmoe.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from yuanmoe.engine.generate import FinishReason, Generation, Timing, Token, TokenRouting
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.engine.score import score
@@ -27,6 +24,9 @@ from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.lora import detach
 from yuanmoe.plan.cost import Precision
 from yuanmoe.shipped import model_folder
+from yuanmoe.text.chat import Message, encode_chat
+from yuanmoe.text.detokenize import StopStrings, StreamingDetokenizer
+from yuanmoe.text.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
 Prompt = str | list[int]
 """A text to continue, or token ids."""

@@ -19,7 +19,7 @@ import torch
 from small_lm import write_lm
 from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.main import main
-from yuanmoe.data.detokenize import StreamingDetokenizer
+from yuanmoe.text.detokenize import StreamingDetokenizer
 
 LONG = {"max_position_embeddings": 50_000}
 """A context that no test lives to see the end of."""

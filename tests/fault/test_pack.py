@@ -32,7 +32,7 @@ DEADLINE_S = 60
 SCRIPT = """
 import sys, time
 from yuanmoe.data.pack import PackOptions, pack
-from yuanmoe.data.tokenizer import load_tokenizer
+from yuanmoe.text.tokenizer import load_tokenizer
 if __name__ == "__main__":
     source, out, tokenizer = sys.argv[1:]
     slow = lambda done, total: time.sleep(0.03)

@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import decoders, models
 
 from small_tokenizers import bpe, sentencepiece_model, small_sentencepiece
-from yuanmoe.data.bpe import BPETokenizer
-from yuanmoe.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from yuanmoe.data.tokenizer import check_tokenizer, load_tokenizer
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.text.bpe import BPETokenizer
+from yuanmoe.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from yuanmoe.text.tokenizer import check_tokenizer, load_tokenizer
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_tokenizers import TEXT, bpe, small_sentencepiece
-from yuanmoe.data.chat import encode_chat, render_chat
-from yuanmoe.data.chat_template import Newline, chat_template
-from yuanmoe.data.sentencepiece_tokenizer import SPACE_MARK
-from yuanmoe.data.tokenizer import load_tokenizer
 from yuanmoe.errors import UsageError
+from yuanmoe.text.chat import encode_chat, render_chat
+from yuanmoe.text.chat_template import Newline, chat_template
+from yuanmoe.text.sentencepiece_tokenizer import SPACE_MARK
+from yuanmoe.text.tokenizer import load_tokenizer
 
 
 def said(*turns: str) -> list[dict[str, str]]:

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_tokenizers import SMALL, TEXT, bpe, small_sentencepiece
-from yuanmoe.data.chat import encode_chat
 from yuanmoe.data.finetuning import (
     encode_conversation,
     encode_line,
@@ -16,6 +15,7 @@ from yuanmoe.data.finetuning import (
 )
 from yuanmoe.data.formats import clean_line
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.text.chat import encode_chat
 
 EOD, SEP, Q, A = 0, 1, 5, 6
 """In windows of labels: questions and answers are runs of Q and A."""

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from small_tokenizers import TEXTS
-from yuanmoe.data.bpe import train_bpe
-from yuanmoe.data.sentencepiece_tokenizer import SentencePieceTokenizer, unescape_newlines
-from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.errors import UsageError
+from yuanmoe.text.bpe import train_bpe
+from yuanmoe.text.sentencepiece_tokenizer import SentencePieceTokenizer, unescape_newlines
+from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 FENCE = "`" * 3
 

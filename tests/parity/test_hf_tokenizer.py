@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoint_writers import official_json, official_state, random_state, write_safetensors
 from small_models import small_config
 from small_tokenizers import TEXT, bpe, sentencepiece_model, small_sentencepiece
-from yuanmoe.data.chat import render_chat
-from yuanmoe.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from yuanmoe.data.tokenizer import load_tokenizer
 from yuanmoe.errors import TokenizerError, UsageError
 from yuanmoe.hf import YuanTokenizer
+from yuanmoe.text.chat import render_chat
+from yuanmoe.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from yuanmoe.text.tokenizer import load_tokenizer
 
 load = AutoTokenizer.from_pretrained
 CONFIG = small_config(vocab_size=512, eod_token_id=380, sep_token_id=381, pad_token_id=382)

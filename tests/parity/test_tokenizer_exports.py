@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from small_tokenizers import TEXT, bpe, small_sentencepiece
-from yuanmoe.data.chat import encode_chat, render_chat
+from yuanmoe.text.chat import encode_chat, render_chat
 
 transformers = pytest.importorskip("transformers", reason="transformers (the hf extra) is not installed")
 

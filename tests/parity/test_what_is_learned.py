@@ -15,7 +15,7 @@ from yuanmoe.config import preset
 from yuanmoe.data.formats import FormatOptions
 from yuanmoe.data.loader import Batch, Loader, LoaderOptions, Source
 from yuanmoe.data.pack import PackOptions, pack, pack_texts
-from yuanmoe.data.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
+from yuanmoe.text.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from yuanmoe.train.data import open_data
 from yuanmoe.train.loop import Training
 from yuanmoe.train.recipe import BalanceSettings

@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from small_tokenizers import SMALL, TEXT, bpe, small_sentencepiece
-from yuanmoe.data.detokenize import StopStrings, StreamingDetokenizer
-from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.text.detokenize import StopStrings, StreamingDetokenizer
+from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 RANDOM_IDS = st.lists(st.integers(0, 379), max_size=40)  # byte tokens are most of these
 

@@ -16,9 +16,9 @@ from small_models import random_model
 from small_tokenizers import bpe
 from yuanmoe.checkpoint.convert import convert
 from yuanmoe.checkpoint.load import usable_device
-from yuanmoe.data.detokenize import StreamingDetokenizer
 from yuanmoe.errors import CheckpointError, ConfigError, ContextLengthError, TokenizerError, UsageError
 from yuanmoe.lm import LanguageModel
+from yuanmoe.text.detokenize import StreamingDetokenizer
 
 WARM = {"temperature": 1.5, "seed": 7, "max_new_tokens": 24}
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_tokenizers import SMALL, TEXT, TEXTS, bpe, sentencepiece_model, small_sentencepiece
-from yuanmoe.data.bpe import train_bpe
-from yuanmoe.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.errors import UsageError
+from yuanmoe.text.bpe import train_bpe
+from yuanmoe.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 SPACE_MARK = "\u2581"
 

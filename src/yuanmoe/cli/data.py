@@ -59,7 +59,7 @@ def pack(
     from yuanmoe.data.formats import FormatOptions
     from yuanmoe.data.pack import PackOptions
     from yuanmoe.data.pack import pack as pack_files
-    from yuanmoe.data.tokenizer import load_tokenizer
+    from yuanmoe.text.tokenizer import load_tokenizer
 
     if len(paths) < 2:
         raise UsageError(f"one path, {paths[0]}, is given; name what to read, and then the folder to write")
@@ -112,8 +112,8 @@ def info(path: Dataset) -> None:
 def verify(path: Dataset, tokenizer: TokenizerPath = None) -> None:
     """Read all of a dataset: checksums, and whether every id is in the vocabulary."""
     from yuanmoe.data.datasets import open_documents
-    from yuanmoe.data.tokenizer import load_tokenizer
     from yuanmoe.data.verify import verify as verify_documents
+    from yuanmoe.text.tokenizer import load_tokenizer
 
     tokens = open_documents(path)
     words = None if tokenizer is None else load_tokenizer(tokenizer)

@@ -14,8 +14,8 @@ from rich.text import Text
 from yuanmoe.data.datasets import open_documents
 from yuanmoe.data.manifest import check_same_tokenizer
 from yuanmoe.data.packed import PackedTokens
-from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.errors import UsageError
+from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def preview_document(

@@ -15,13 +15,13 @@ from typing import Any
 from rich.console import Console
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.bpe import train_bpe
 from yuanmoe.data.corpus import stdlib_documents
 from yuanmoe.data.pack import pack_texts
 from yuanmoe.data.packed import PackedTokens
-from yuanmoe.data.tokenizer import load_tokenizer
 from yuanmoe.errors import DataError
 from yuanmoe.plan import cost
+from yuanmoe.text.bpe import train_bpe
+from yuanmoe.text.tokenizer import load_tokenizer
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.units import format_count, format_size
 

@@ -20,8 +20,8 @@ from yuanmoe.errors import UsageError
 from yuanmoe.shipped import CARD, SMALL, model_folder, small_folder
 
 if TYPE_CHECKING:
-    from yuanmoe.data.tokenizer import Tokenizer
     from yuanmoe.lm import Completion, LanguageModel, OpenedModel, Stream
+    from yuanmoe.text.tokenizer import Tokenizer
 
 NEW_TOKENS = 256
 """Where nothing else is asked for."""
@@ -172,8 +172,8 @@ def _check_greedy(sampling: dict[str, Any]) -> None:
 
 def _check_answer(sampling: dict[str, Any], stop: list[str] | None) -> None:
     """Raise UsageError for settings that no model can follow, before one is loaded."""
-    from yuanmoe.data.detokenize import StopStrings
     from yuanmoe.engine.sampling import SamplingParams
+    from yuanmoe.text.detokenize import StopStrings
 
     SamplingParams(**sampling)
     StopStrings(stop or ())
@@ -222,8 +222,8 @@ def _load(opened: "OpenedModel") -> "LanguageModel":
 
 
 def _prompt_ids(tokenizer: "Tokenizer", text: str, suffix: str | None, instruct: bool) -> list[int]:
-    from yuanmoe.data.chat import encode_chat
     from yuanmoe.lm import text_ids
+    from yuanmoe.text.chat import encode_chat
 
     if suffix is not None:
         return tokenizer.fim(text, suffix)

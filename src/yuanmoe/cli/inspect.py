@@ -23,8 +23,8 @@ from yuanmoe.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from yuanmoe.data.tokenizer import Tokenizer
     from yuanmoe.lm import LanguageModel
+    from yuanmoe.text.tokenizer import Tokenizer
 
 TOKENS = 8192
 """Read where nothing else is asked for: enough for 500 choices of each of M32's experts."""

@@ -108,7 +108,7 @@ def _parse_role(text: str) -> tuple[str, int]:
 def _tokens(src: Path, file: Path | None, limit: int) -> list[int]:
     if file is None:
         return []
-    from yuanmoe.data.tokenizer import load_tokenizer
+    from yuanmoe.text.tokenizer import load_tokenizer
 
     return read_tokens(file, load_tokenizer(src), limit)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from yuanmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from yuanmoe.data.tokenizer import Tokenizer
+    from yuanmoe.text.tokenizer import Tokenizer
 
 LONGEST_TOKEN = 64
 """Characters; of a large file no more are tokenized than the tokens wanted can hold."""

@@ -18,12 +18,12 @@ from yuanmoe.checkpoint.native_config import Origin, parse_dtype
 from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.probe import matmul_rate
 from yuanmoe.cli.training_view import TrainingView
-from yuanmoe.data.tokenizer import load_tokenizer
 from yuanmoe.errors import TrainingError
 from yuanmoe.evals.run_page import write_run_page
 from yuanmoe.lm import LanguageModel
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.storage.run_folder import RunFolder
+from yuanmoe.text.tokenizer import load_tokenizer
 from yuanmoe.train.board import Board
 from yuanmoe.train.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, snapshot
 from yuanmoe.train.data import TrainingData

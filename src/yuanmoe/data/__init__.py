@@ -1,1 +1,1 @@
-"""Text on its way to token ids and back: tokenizers, conversations, streams, corpora. No torch here."""
+"""Text on its way to tokens to train on: corpora, datasets, batches. No torch here."""

@@ -10,8 +10,8 @@ from yuanmoe.data.manifest import MANIFEST, check_same_tokenizer
 from yuanmoe.data.megatron import MegatronTokens
 from yuanmoe.data.mixture import parse_mixture
 from yuanmoe.data.packed import PackedTokens
-from yuanmoe.data.tokenizer import Tokenizer, check_tokenizer
 from yuanmoe.errors import DataError
+from yuanmoe.text.tokenizer import Tokenizer, check_tokenizer
 
 
 def open_documents(path: str | Path) -> PackedTokens | MegatronTokens:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from yuanmoe.data.permutation import Integers, scatter
-from yuanmoe.data.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.text.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
 Piece = int | range
 """A special token, or a range of a document's own tokens."""

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yuanmoe.data.chat import Message, render_turns
-from yuanmoe.data.chat_template import SEP, Newline, turn_end
 from yuanmoe.data.permutation import Integers
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.text.chat import Message, render_turns
+from yuanmoe.text.chat_template import SEP, Newline, turn_end
+from yuanmoe.text.tokenizer import Tokenizer
 
 Mask = npt.NDArray[np.bool_]
 

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from yuanmoe.data.chat_template import SEP, Newline
 from yuanmoe.data.finetuning import encode_conversation, encode_line, first_sep_mask, messages_of
-from yuanmoe.data.sentencepiece_tokenizer import unescape_newlines
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.errors import DataError, UsageError
+from yuanmoe.text.chat_template import SEP, Newline
+from yuanmoe.text.sentencepiece_tokenizer import unescape_newlines
+from yuanmoe.text.tokenizer import Tokenizer
 
 Format = Literal["text", "chat", "official", "official-sft"]
 Half = Literal["train", "heldout"]

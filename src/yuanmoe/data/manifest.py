@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin
 
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.errors import DataError
 from yuanmoe.storage.folder import write_synced
+from yuanmoe.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 ENDS = "documents.idx"

@@ -18,9 +18,9 @@ import numpy as np
 from yuanmoe.data.chunks import Chunk, Place
 from yuanmoe.data.formats import Encoded
 from yuanmoe.data.manifest import ENDS, SOURCES, Manifest, mask_name, shard_name
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.errors import DataError
 from yuanmoe.storage.folder import write_synced
+from yuanmoe.text.tokenizer import Tokenizer
 
 JOURNAL = "journal.json"
 BLOCK_BYTES = 1 << 20

@@ -23,10 +23,10 @@ from yuanmoe.data.inputs import Inputs, SourceFile, find_inputs
 from yuanmoe.data.manifest import ENDS
 from yuanmoe.data.output import JOURNAL, Output
 from yuanmoe.data.packed import PackedTokens
-from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.data.workers import map_ordered
 from yuanmoe.errors import DataError
 from yuanmoe.storage.folder import Kind, new_folder
+from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 

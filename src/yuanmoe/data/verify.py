@@ -9,8 +9,8 @@ from yuanmoe.data.documents import check_ids, silent
 from yuanmoe.data.manifest import ENDS, check_same_tokenizer
 from yuanmoe.data.megatron import MegatronTokens
 from yuanmoe.data.packed import PackedTokens
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.errors import DataError
+from yuanmoe.text.tokenizer import Tokenizer
 
 BLOCK_BYTES = 1 << 20
 BLOCK_DOCUMENTS = 1 << 16

@@ -1,4 +1,4 @@
-"""YuanTokenizer: the ids and texts of `data/sentencepiece_tokenizer.py` behind the interface of transformers.
+"""YuanTokenizer: the ids and texts of `text/sentencepiece_tokenizer.py` behind the interface of transformers.
 
 Released directories name a class `YuanTokenizer` that exists nowhere, and ask for begin and end tokens that no model
 ever saw. Without this class, transformers 5 turns their `tokenizer.model` into another kind of BPE, in which pieces of
@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import AddedToken, SentencePieceBackend, TokenizersBackend
 
-from yuanmoe.data.chat_template import EOD, PAD, chat_template
-from yuanmoe.data.sentencepiece_tokenizer import ADDED_TOKENS, SentencePieceTokenizer
 from yuanmoe.errors import TokenizerError
+from yuanmoe.text.chat_template import EOD, PAD, chat_template
+from yuanmoe.text.sentencepiece_tokenizer import ADDED_TOKENS, SentencePieceTokenizer
 
 NEVER_SEEN = "</s>"
 """The end token that released files name. The models end with `<eod>`; to them this is ordinary text."""
@@ -24,7 +24,7 @@ class YuanTokenizer(SentencePieceBackend):
 
     Whitespace beside an added token is dropped, as by the authors' transformers, unless `added_tokens_decoder` in
     `tokenizer_config.json` says otherwise. Pads on the left, for `generate`. `pad_token` is `<pad>` where none is
-    named, and `chat_template` that of `data/chat_template.py`. Raises TokenizerError.
+    named, and `chat_template` that of `text/chat_template.py`. Raises TokenizerError.
     """
 
     padding_side = "left"

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from yuanmoe.data.detokenize import StopStrings, StreamingDetokenizer
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.engine.requests import FinishReason, Output, PromptLogprobs, TokenRouting, TopLogprobs
+from yuanmoe.text.detokenize import StopStrings, StreamingDetokenizer
+from yuanmoe.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0
 """What the API says for a token of probability 0, whose logarithm JSON cannot hold."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from yuanmoe.data.chat import encode_chat
 from yuanmoe.errors import UsageError
 from yuanmoe.serve.chat_answer import ChatAnswer
 from yuanmoe.serve.events import EventStream, json_response, with_reader
@@ -16,6 +15,7 @@ from yuanmoe.serve.schema import ChatRequest, Content, Message, SchemaFormat, To
 from yuanmoe.serve.service import Service, off_loop
 from yuanmoe.serve.structured import Grammar, json_grammar
 from yuanmoe.serve.tools import RESULT, Tools, call_text, chosen_tools
+from yuanmoe.text.chat import encode_chat
 
 
 async def chat_completion(service: Service, body: ChatRequest, request: Request) -> Response:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.engine.requests import Constraint, Output, Request
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import ContextLengthError, UsageError
@@ -20,6 +19,7 @@ from yuanmoe.serve.job import Job
 from yuanmoe.serve.schema import Generation
 from yuanmoe.serve.structured import Grammar, Grammars, lark_grammar, regex_grammar
 from yuanmoe.serve.worker import EngineWorker
+from yuanmoe.text.tokenizer import Tokenizer
 
 LONG_TEXT = 4096
 """Characters beyond which work on a text leaves the event loop, where every stream would wait for it."""

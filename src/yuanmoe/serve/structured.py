@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.errors import UsageError
+from yuanmoe.text.tokenizer import Tokenizer
 
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

@@ -15,8 +15,8 @@ from yuanmoe.data.fim import FillInMiddle
 from yuanmoe.data.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
 from yuanmoe.data.manifest import MANIFEST
 from yuanmoe.data.packed import PackedTokens
-from yuanmoe.data.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.errors import DataError
+from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.train.recipe import Recipe
 
 TRAIN, HELDOUT = "train", "heldout"

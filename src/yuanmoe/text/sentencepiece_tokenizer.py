@@ -14,9 +14,9 @@ from typing import Any
 
 import sentencepiece
 
-from yuanmoe.data.chat_template import EOD, PAD, SEP
-from yuanmoe.data.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer, Whitespace
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.text.chat_template import EOD, PAD, SEP
+from yuanmoe.text.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer, Whitespace
 
 OFFICIAL_SHA256 = "36f79e0c70f73cdd2a8dd0fbe7bfe290da158eea746778d289e4ad76c8b383d9"
 

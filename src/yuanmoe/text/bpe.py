@@ -13,9 +13,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from yuanmoe.data.chat_template import EOD, PAD, SEP
-from yuanmoe.data.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer, require_unicode
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.text.chat_template import EOD, PAD, SEP
+from yuanmoe.text.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer, require_unicode
 
 SPECIAL_TOKENS = (EOD, SEP, PAD, FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)
 

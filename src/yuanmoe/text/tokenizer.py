@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from yuanmoe.data.chat_template import EOD, PAD, SEP, chat_template
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.text.chat_template import EOD, PAD, SEP, chat_template
 
 FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE = "<FIM_PREFIX>", "<FIM_SUFFIX>", "<FIM_MIDDLE>"
 
@@ -195,10 +195,10 @@ def load_tokenizer(path: str | Path, *, whitespace: Whitespace = "strip") -> Tok
             "copy the one that the model was published with into it"
         )
     if file.suffix == ".model":
-        from yuanmoe.data.sentencepiece_tokenizer import SentencePieceTokenizer
+        from yuanmoe.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
         return SentencePieceTokenizer.from_file(file, whitespace=whitespace)
-    from yuanmoe.data.bpe import BPETokenizer
+    from yuanmoe.text.bpe import BPETokenizer
 
     return BPETokenizer.from_file(file)
 

@@ -6,8 +6,8 @@ Not here: sampling, transport. Both classes take constant time a token, whatever
 import codecs
 from collections.abc import Sequence
 
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.errors import UsageError
+from yuanmoe.text.tokenizer import Tokenizer
 
 
 class StreamingDetokenizer:

@@ -7,9 +7,9 @@ Not here: the Jinja form of the same format (`chat_template`), the loss mask of 
 
 from collections.abc import Mapping, Sequence
 
-from yuanmoe.data.chat_template import SEP, Newline, turn_end
-from yuanmoe.data.tokenizer import Tokenizer
 from yuanmoe.errors import UsageError
+from yuanmoe.text.chat_template import SEP, Newline, turn_end
+from yuanmoe.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 
