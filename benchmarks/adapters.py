@@ -27,7 +27,7 @@ from yuanmoe.model.lora import new_factors
 from yuanmoe.model.multi_lora import MultiLora
 from yuanmoe.model.targets import LoraSettings, targets
 from yuanmoe.ops import native
-from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.studies.layers import cut
 from yuanmoe.studies.synthetic import synthetic_model
 from yuanmoe.studies.timing import take_turns

@@ -24,7 +24,7 @@ from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.config import preset
 from yuanmoe.ops import native
 from yuanmoe.ops.quant import PackedTensor
-from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.studies.products import (
     Contender,
     int4_of_torch,

@@ -28,7 +28,7 @@ from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.config import preset
 from yuanmoe.ops import native
 from yuanmoe.plan import cost
-from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.studies.decode import DECODE_RUNS
 from yuanmoe.studies.layers import cut, our_steps
 from yuanmoe.studies.products import Contender, reading

@@ -33,7 +33,7 @@ from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.cli.progress import bytes_progress
 from yuanmoe.config import ModelConfig, preset
 from yuanmoe.plan import cost
-from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.units import format_size
 
 NUMBERS = 1 << 25

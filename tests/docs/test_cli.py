@@ -17,7 +17,7 @@ from yuanmoe.cli import main as main_file
 from yuanmoe.cli.main import COMMANDS, load_command, main
 from yuanmoe.config import preset
 from yuanmoe.errors import ContextLengthError
-from yuanmoe.plan.machine import Machine, Rate
+from yuanmoe.plan.device.machine import Machine, Rate
 
 Run = Callable[..., tuple[int, str, str]]
 

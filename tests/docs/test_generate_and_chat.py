@@ -10,7 +10,7 @@ import pytest
 from small_lm import small_lm, write_lm
 from yuanmoe.cli import answer, experts
 from yuanmoe.cli.main import main
-from yuanmoe.plan.machine import Rate
+from yuanmoe.plan.device.machine import Rate
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 
 from yuanmoe.cli import plan as plan_file
 from yuanmoe.cli.main import main
-from yuanmoe.plan.devices import DEVICES
-from yuanmoe.plan.machine import Rate
+from yuanmoe.plan.device.devices import DEVICES
+from yuanmoe.plan.device.machine import Rate
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -7,12 +7,12 @@ import pytest
 from yuanmoe.config import ModelConfig, preset
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
-from yuanmoe.plan.cluster import Candidate, Request, model_flops, model_flops_utilization, nearest, rank
-from yuanmoe.plan.devices import DEVICES, find_device
-from yuanmoe.plan.layout import Layout, Training
-from yuanmoe.plan.nodes import WIRES, Cluster, parse_cluster, wires_of
-from yuanmoe.plan.parts import Case
-from yuanmoe.plan.relief import remedies
+from yuanmoe.plan.cluster.cluster import WIRES, Cluster, parse_cluster, wires_of
+from yuanmoe.plan.cluster.layout import Layout, Training
+from yuanmoe.plan.cluster.parts import Case
+from yuanmoe.plan.cluster.relief import remedies
+from yuanmoe.plan.cluster.search import Candidate, Request, model_flops, model_flops_utilization, nearest, rank
+from yuanmoe.plan.device.devices import DEVICES, find_device
 from yuanmoe.units import GIB, parse_rate
 
 

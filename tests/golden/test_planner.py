@@ -6,10 +6,10 @@ import pytest
 
 from yuanmoe.config import preset
 from yuanmoe.errors import ResourceError, UsageError
-from yuanmoe.plan import machine, planner
-from yuanmoe.plan.devices import DEVICES, Device, find_device
-from yuanmoe.plan.machine import Machine, Rate, as_device
-from yuanmoe.plan.planner import Load, Remedy
+from yuanmoe.plan.device import machine, planner
+from yuanmoe.plan.device.devices import DEVICES, Device, find_device
+from yuanmoe.plan.device.machine import Machine, Rate, as_device
+from yuanmoe.plan.device.planner import Load, Remedy
 from yuanmoe.units import GIB, format_count, format_size, parse_size
 
 M32 = preset("m32")

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from yuanmoe.config import preset
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import CHECKPOINTING, Checkpointing
-from yuanmoe.plan.cluster import Candidate, Plan, Request, equation_4_s, nearest, rank
-from yuanmoe.plan.devices import DEVICES
-from yuanmoe.plan.layout import SHARDING, Layout, Training, layouts
-from yuanmoe.plan.nodes import WIRES, Cluster, wires_of
-from yuanmoe.plan.parts import Case
+from yuanmoe.plan.cluster.cluster import WIRES, Cluster, wires_of
+from yuanmoe.plan.cluster.layout import SHARDING, Layout, Training, layouts
+from yuanmoe.plan.cluster.parts import Case
+from yuanmoe.plan.cluster.search import Candidate, Plan, Request, equation_4_s, nearest, rank
+from yuanmoe.plan.device.devices import DEVICES
 
 MODELS = {name: preset(name) for name in ("m32", "2b", "nano")} | {
     "uneven": preset("nano", num_hidden_layers=6, num_experts=[8, 0, 16, 0, 4, 8], intermediate_size=512)

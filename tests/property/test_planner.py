@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yuanmoe.config import preset
-from yuanmoe.plan import planner
 from yuanmoe.plan.cost import PRECISIONS
-from yuanmoe.plan.devices import DEVICES, Device
-from yuanmoe.plan.planner import Load
+from yuanmoe.plan.device import planner
+from yuanmoe.plan.device.devices import DEVICES, Device
+from yuanmoe.plan.device.planner import Load
 from yuanmoe.units import GIB
 
 NEXT_BITS = {4: 8, 8: 16}

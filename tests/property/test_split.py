@@ -6,7 +6,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yuanmoe.plan.split import Demand, spans, split
+from yuanmoe.plan.cluster.split import Demand, spans, split
 
 amounts = st.integers(0, 50)
 

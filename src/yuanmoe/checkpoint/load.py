@@ -27,7 +27,7 @@ from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.quantized import quantized_model
 from yuanmoe.ops.quant import BITS
 from yuanmoe.plan import cost
-from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.units import format_size
 
 ASSUMED_RATE = 1e9

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.output import people
 from yuanmoe.plan import cost
-from yuanmoe.plan.machine import measure_bandwidth
+from yuanmoe.plan.device.machine import measure_bandwidth
 from yuanmoe.units import MIB, format_count
 
 if TYPE_CHECKING:

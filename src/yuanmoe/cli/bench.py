@@ -50,7 +50,7 @@ def layers(
     from yuanmoe.checkpoint.load import usable_device
     from yuanmoe.checkpoint.native_config import parse_dtype
     from yuanmoe.config import preset as named
-    from yuanmoe.plan.machine import measure_bandwidth
+    from yuanmoe.plan.device.machine import measure_bandwidth
     from yuanmoe.studies.layers import compare_layers
 
     device = str(usable_device(device))
@@ -105,7 +105,7 @@ def decode(
 
     from yuanmoe.checkpoint.packed_weight import quantization_record
     from yuanmoe.ops import native
-    from yuanmoe.plan.machine import read_machine
+    from yuanmoe.plan.device.machine import read_machine
     from yuanmoe.studies.decode import Load, beside_torch, measure_decode
 
     torch.set_num_threads(threads or os.cpu_count() or 1)

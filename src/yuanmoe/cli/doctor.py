@@ -22,9 +22,9 @@ from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.cli.plan import read_model
 from yuanmoe.config import PRESETS, ModelConfig, preset
 from yuanmoe.plan.cost import PRECISIONS, Precision, weight_bytes
-from yuanmoe.plan.devices import Device
-from yuanmoe.plan.machine import Machine, as_device, measure_bandwidth, measure_matmul, read_machine
-from yuanmoe.plan.planner import decode, fits, load_of, memory
+from yuanmoe.plan.device.devices import Device
+from yuanmoe.plan.device.machine import Machine, as_device, measure_bandwidth, measure_matmul, read_machine
+from yuanmoe.plan.device.planner import decode, fits, load_of, memory
 from yuanmoe.units import format_count, format_size
 
 REQUIRED = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "typer", "rich")

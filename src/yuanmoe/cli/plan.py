@@ -14,10 +14,10 @@ from yuanmoe.cli.plan_device import device_report, show_device
 from yuanmoe.config import ALIASES, PRESETS, ModelConfig, preset
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
-from yuanmoe.plan.devices import Device, find_device
-from yuanmoe.plan.machine import as_device, measure_bandwidth, measure_matmul, read_machine
-from yuanmoe.plan.nodes import parse_cluster
-from yuanmoe.plan.planner import load_of
+from yuanmoe.plan.cluster.cluster import parse_cluster
+from yuanmoe.plan.device.devices import Device, find_device
+from yuanmoe.plan.device.machine import as_device, measure_bandwidth, measure_matmul, read_machine
+from yuanmoe.plan.device.planner import load_of
 from yuanmoe.units import parse_size
 
 RUNNING = ("bits", "context", "batch", "kv_dtype", "device")

@@ -13,11 +13,11 @@ from yuanmoe.cli.output import print_table
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
-from yuanmoe.plan.cluster import Plan, Request, equation_4_s, model_flops, model_flops_utilization, nearest, rank
-from yuanmoe.plan.devices import Device
-from yuanmoe.plan.layout import Training, read_stages
-from yuanmoe.plan.nodes import Cluster, wires_of
-from yuanmoe.plan.relief import remedies
+from yuanmoe.plan.cluster.cluster import Cluster, wires_of
+from yuanmoe.plan.cluster.layout import Training, read_stages
+from yuanmoe.plan.cluster.relief import remedies
+from yuanmoe.plan.cluster.search import Plan, Request, equation_4_s, model_flops, model_flops_utilization, nearest, rank
+from yuanmoe.plan.device.devices import Device
 from yuanmoe.units import GIB, format_count, format_size, parse_rate
 
 RUNNERS_UP = 5

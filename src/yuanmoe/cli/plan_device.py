@@ -11,8 +11,8 @@ from rich.console import Console
 from yuanmoe.cli.output import print_table
 from yuanmoe.config import ModelConfig
 from yuanmoe.plan import cost
-from yuanmoe.plan.devices import Device
-from yuanmoe.plan.planner import EXPECTED_SHARE, LAYER_S, Load, Speed, decode, fits, memory, prefill, remedies
+from yuanmoe.plan.device.devices import Device
+from yuanmoe.plan.device.planner import EXPECTED_SHARE, LAYER_S, Load, Speed, decode, fits, memory, prefill, remedies
 from yuanmoe.units import format_count, format_size
 
 BATCHES = (1, 4, 16)

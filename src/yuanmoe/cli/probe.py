@@ -1,6 +1,6 @@
 """What torch can do on this machine: its build, its threads, its GPUs, and matmul and memory rates measured with it.
 
-Importing this file imports torch. Not here: what needs no torch (`yuanmoe.plan.machine`).
+Importing this file imports torch. Not here: what needs no torch (`yuanmoe.plan.device.machine`).
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import torch
 from yuanmoe.ops import native
 from yuanmoe.ops.linear import linear
 from yuanmoe.ops.wide import has_bfloat16_matmul
-from yuanmoe.plan.devices import Device
-from yuanmoe.plan.machine import Rate, measure
+from yuanmoe.plan.device.devices import Device
+from yuanmoe.plan.device.machine import Rate, measure
 from yuanmoe.units import GIB
 
 

@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from yuanmoe.cli.output import print_table
 from yuanmoe.plan.cost import ROLES
-from yuanmoe.plan.machine import read_machine
-from yuanmoe.plan.planner import Load, memory
+from yuanmoe.plan.device.machine import read_machine
+from yuanmoe.plan.device.planner import Load, memory
 from yuanmoe.units import format_size
 
 if TYPE_CHECKING:

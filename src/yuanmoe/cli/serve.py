@@ -17,7 +17,7 @@ from yuanmoe.cli.generate import Device, Dtype, KvDtype, Model, Threads
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cost import forward_flops
-from yuanmoe.plan.machine import measure_matmul, read_machine
+from yuanmoe.plan.device.machine import measure_matmul, read_machine
 from yuanmoe.units import GIB, format_size, parse_size
 
 MOST_STEP_TOKENS = 512

@@ -15,8 +15,8 @@ from rich.console import Console
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan import cost
-from yuanmoe.plan.layout import Layout
-from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.cluster.layout import Layout
+from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.train.layout import laid_out, layout_of
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.recipes import RECIPES, named

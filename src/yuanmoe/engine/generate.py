@@ -14,7 +14,7 @@ from yuanmoe.engine.requests import FinishReason, Output, Request, TokenRouting,
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.plan.planner import PREFILL_TOKENS
+from yuanmoe.plan.device.planner import PREFILL_TOKENS
 
 
 class Token(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.plan.planner import PREFILL_TOKENS
+from yuanmoe.plan.device.planner import PREFILL_TOKENS
 
 HEAD_TOKENS = 128
 """Tokens whose logits exist at once: 69 MB in float32 for a vocabulary of 135,040."""

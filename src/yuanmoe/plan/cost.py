@@ -4,7 +4,7 @@ Everything is a sum over one inventory, `weights(config)`: which matrices and ve
 stored, and how many of them work for one token. Sources: arXiv 2405.17976 (M32 and its table of efficiency),
 arXiv 2311.15786 (LFA). One multiplication or one addition is one FLOP.
 Legend: D hidden, C = heads x head_dim, E experts, K chosen, F expert width, I dense width, V vocabulary, S context.
-Not here: intermediate results (`activations.py`), devices, memory limits and time (`planner.py`, `cluster.py`).
+Not here: intermediate results (`activations.py`), devices, memory limits and time (`device/planner.py`, `cluster/search.py`).
 """
 
 import math

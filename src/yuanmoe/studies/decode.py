@@ -20,7 +20,7 @@ from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
 from yuanmoe.plan.cost import Precision
-from yuanmoe.plan.machine import read_machine
+from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.studies.products import layer_beside_torch, measure, multiply_adds, reading
 from yuanmoe.studies.timing import Timing, take_turns
 from yuanmoe.units import GIB, format_size

@@ -23,7 +23,7 @@ from yuanmoe.evals.reading import progress, windows
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.ops.linear import linear
-from yuanmoe.plan.planner import PREFILL_TOKENS
+from yuanmoe.plan.device.planner import PREFILL_TOKENS
 
 CONTEXT = 2048
 """Tokens read together where the model allows it and nothing else is asked for."""

@@ -27,7 +27,7 @@ from yuanmoe.model.experts import Experts, MixtureOfExperts
 from yuanmoe.model.low_rank import LowRank
 from yuanmoe.model.router import Routing
 from yuanmoe.ops.grouped import combine, dispatch, unsorted
-from yuanmoe.plan.layout import check_expert_ranks
+from yuanmoe.plan.cluster.layout import check_expert_ranks
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from yuanmoe.errors import UsageError
-from yuanmoe.plan.layout import SHARDING, Layout, balanced_stages, check_expert_ranks, check_stages, read_stages
+from yuanmoe.plan.cluster.layout import SHARDING, Layout, balanced_stages, check_expert_ranks, check_stages, read_stages
 from yuanmoe.train.recipe import Recipe
 
 _NUMBERS = {"dp": "data", "pp": "stages", "ep": "experts", "mb": "micro_batch"}

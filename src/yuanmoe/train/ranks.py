@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from yuanmoe.checkpoint.load import usable_device
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ResourceError, TrainingError
-from yuanmoe.plan.layout import Layout
+from yuanmoe.plan.cluster.layout import Layout
 from yuanmoe.train.expert_parallel import is_expert
 from yuanmoe.train.stages import EMBEDDING, Stages
 

@@ -25,8 +25,8 @@ from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.model.sequences import Sequences
-from yuanmoe.plan.layout import check_stages
-from yuanmoe.plan.split import spans
+from yuanmoe.plan.cluster.layout import check_stages
+from yuanmoe.plan.cluster.split import spans
 from yuanmoe.train.step import Windows, head_loss
 
 EMBEDDING = "model.embed_tokens.weight"

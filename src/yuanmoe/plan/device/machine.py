@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from yuanmoe.errors import ResourceError
-from yuanmoe.plan.devices import Device
+from yuanmoe.plan.device.devices import Device
 from yuanmoe.units import KIB, MIB
 
 # Matmul throughput of a core relative to its fp32 fused multiply-add, best first: multiplications in one instruction

@@ -2,7 +2,7 @@
 
 A layout reads `dp12 pp8 ep4 optimizer mb2 full`: 12 data ranks times 8 stages, experts spread over 4 of the data ranks,
 the optimizer's state sharded over the data ranks, 2 sequences in a micro-batch, layers computed again in the backward
-pass. Not here: what that takes (`parts.py`) and which is best (`cluster.py`).
+pass. Not here: what that takes (`parts.py`) and which is best (`search.py`).
 """
 
 import re
@@ -14,7 +14,7 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import CHECKPOINTING, Checkpointing
-from yuanmoe.plan.split import Demand, split
+from yuanmoe.plan.cluster.split import Demand, split
 
 Sharding = Literal["replicated", "optimizer", "fsdp"]
 """What data ranks share: nothing, masters and moments (the paper's optimizer parallelism), or weights and gradients
@@ -112,7 +112,7 @@ def balanced_stages(config: ModelConfig, count: int) -> tuple[int, ...]:
     """Layers of each of `count` stages: the slowest has the fewest FLOPs, and of such lists early stages the fewest
     layers, because they hold more micro-batches.
 
-    Raises UsageError for a count outside 1 to the number of layers. `cluster.py` knows better lists for given devices.
+    Raises UsageError for a count outside 1 to the number of layers. `search.py` knows better lists for given devices.
     """
     num_layers = config.num_hidden_layers
     if not 1 <= count <= num_layers:

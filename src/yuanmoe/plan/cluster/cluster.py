@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from yuanmoe.errors import UsageError
-from yuanmoe.plan.devices import DEVICES, Device
+from yuanmoe.plan.device.devices import DEVICES, Device
 
 LINK_SHARE = 0.85
 NETWORK_SHARE = 195 / 200

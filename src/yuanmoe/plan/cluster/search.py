@@ -9,12 +9,13 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from yuanmoe.plan import cost, paper
+from yuanmoe.plan import cost
+from yuanmoe.plan.cluster import paper
+from yuanmoe.plan.cluster.cluster import Cluster
+from yuanmoe.plan.cluster.layout import Layout, Training, check_stages, find_layouts
+from yuanmoe.plan.cluster.parts import Case, Part, total
+from yuanmoe.plan.cluster.split import Demand, possible, spans, split
 from yuanmoe.plan.cost import STATE_BYTES
-from yuanmoe.plan.layout import Layout, Training, check_stages, find_layouts
-from yuanmoe.plan.nodes import Cluster
-from yuanmoe.plan.parts import Case, Part, total
-from yuanmoe.plan.split import Demand, possible, spans, split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterator
 
 from yuanmoe.errors import UsageError
-from yuanmoe.plan.cluster import Plan, Request
-from yuanmoe.plan.devices import DEVICES
-from yuanmoe.plan.nodes import WIRES
+from yuanmoe.plan.cluster.cluster import WIRES
+from yuanmoe.plan.cluster.search import Plan, Request
+from yuanmoe.plan.device.devices import DEVICES
 from yuanmoe.units import GIB
 
 MOST_NODES = 64

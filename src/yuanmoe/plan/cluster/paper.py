@@ -1,4 +1,4 @@
-"""The paper's model of a training step (arXiv 2311.15786, equations 1 to 4): the base of `cluster.py`.
+"""The paper's model of a training step (arXiv 2311.15786, equations 1 to 4): the base of `search.py`.
 
 Legend, as there: A micro-batches a step, B sequences of one, L layers, S tokens, H hidden, V vocabulary; P, T, D ranks
 of pipeline, tensor and data parallelism; G FLOPs of a micro-batch, W parameters. The tables of the paper come out if

@@ -16,7 +16,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
 from yuanmoe.plan.cost import PRECISIONS, Precision
-from yuanmoe.plan.devices import DEVICES, Device
+from yuanmoe.plan.device.devices import DEVICES, Device
 from yuanmoe.units import GIB
 
 RUNTIME_BYTES = GIB

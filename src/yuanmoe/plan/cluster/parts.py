@@ -2,7 +2,7 @@
 
 The terms of arXiv 2311.15786 (`paper.py`), with FLOPs and parameters from `cost.py`, extended to experts and their
 exchange, to sharding and to checkpointing. AdamW in mixed precision: weights in bfloat16; gradients, master weights and
-two moments in float32. Not here: the schedule of the stages (`cluster.py`).
+two moments in float32. Not here: the schedule of the stages (`search.py`).
 """
 
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import LOGIT_BYTES, LOSS_BLOCK, Checkpointing, activation_bytes, kept_bytes
+from yuanmoe.plan.cluster.cluster import Cluster
+from yuanmoe.plan.cluster.layout import Layout, Sharding, Training
 from yuanmoe.plan.cost import STATE_BYTES, Weight
-from yuanmoe.plan.layout import Layout, Sharding, Training
-from yuanmoe.plan.nodes import Cluster
-from yuanmoe.plan.planner import LAYER_S, RUNTIME_BYTES
+from yuanmoe.plan.device.planner import LAYER_S, RUNTIME_BYTES
 
 WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 2, 4, 12
 """Of a parameter; the optimizer has a master weight and two moments."""
