@@ -23,7 +23,7 @@ from torch import Tensor
 from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.config import preset
 from yuanmoe.ops import native
-from yuanmoe.ops.quant import PackedTensor
+from yuanmoe.ops.quantize.groupwise import PackedTensor
 from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.studies.products import (
     Contender,

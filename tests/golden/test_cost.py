@@ -6,7 +6,7 @@ import torch
 from yuanmoe.config import PRESETS, preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.ops.quant import pack, quantize
+from yuanmoe.ops.quantize.groupwise import pack, quantize
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
 

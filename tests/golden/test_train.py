@@ -14,7 +14,7 @@ from yuanmoe.data.loader import Loader, LoaderOptions, Source
 from yuanmoe.errors import DataError
 from yuanmoe.model import experts, router
 from yuanmoe.ops.cross_entropy import head_cross_entropy_reference
-from yuanmoe.ops.grouped import experts_reference
+from yuanmoe.ops.products.grouped import experts_reference
 from yuanmoe.ops.relations import relate_reference
 from yuanmoe.plan import cost
 from yuanmoe.train import loop, step

@@ -17,11 +17,11 @@ from yuanmoe.checkpoint.save import save_native, save_official
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.lora import attach, attached, detach
 from yuanmoe.model.targets import ROLES, ROUTER, role_of
-from yuanmoe.ops.grouped import experts_forward, experts_reference
-from yuanmoe.ops.low_rank import Factors
-from yuanmoe.ops.packed_linear import packed_linear
-from yuanmoe.ops.quant import dequantize, pack, round_activations
-from yuanmoe.ops.quant import quantize as quantize_weight
+from yuanmoe.ops.products.grouped import experts_forward, experts_reference
+from yuanmoe.ops.products.low_rank import Factors
+from yuanmoe.ops.products.packed_linear import packed_linear
+from yuanmoe.ops.quantize.groupwise import dequantize, pack, round_activations
+from yuanmoe.ops.quantize.groupwise import quantize as quantize_weight
 from yuanmoe.train.balance import balance_loss
 from yuanmoe.train.recipe import BalanceSettings
 from yuanmoe.train.step import Windows, forward_loss

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yuanmoe.errors import UsageError
-from yuanmoe.ops import native, quant
-from yuanmoe.ops.grouped import experts_reference
+from yuanmoe.ops import native
 from yuanmoe.ops.native.library import VARIANTS, Kernels
 from yuanmoe.ops.native.shapes import check_routing
+from yuanmoe.ops.products.grouped import experts_reference
+from yuanmoe.ops.quantize import groupwise as quant
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no compiled kernels: {native.reason()}")
 FORMATS = [(bits, group) for bits in quant.BITS for group in quant.GROUP_SIZES]
@@ -250,7 +251,8 @@ def test_forced_variants_and_a_missing_library(tmp_path):
 
 SCRIPT = """
 import torch, warnings
-from yuanmoe.ops import native, quant
+from yuanmoe.ops import native
+from yuanmoe.ops.quantize import groupwise as quant
 torch.manual_seed(0)
 weight = quant.pack(quant.quantize(torch.randn(20, 70), 4, 32))
 with warnings.catch_warnings(record=True) as caught:

@@ -13,10 +13,10 @@ from yuanmoe.model.attention import LocalizedFilter
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.model.router import attention_scores, choose
 from yuanmoe.model.sequences import WholeSequences
-from yuanmoe.ops import grouped
-from yuanmoe.ops import linear as products
 from yuanmoe.ops.attention import attend_runs, causal_attention
-from yuanmoe.ops.grouped import combine, dispatch, experts_forward, experts_reference, grouped_linear
+from yuanmoe.ops.products import grouped
+from yuanmoe.ops.products import linear as products
+from yuanmoe.ops.products.grouped import combine, dispatch, experts_forward, experts_reference, grouped_linear
 from yuanmoe.ops.rotary import rotary_tables, rotate
 
 

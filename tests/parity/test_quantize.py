@@ -20,8 +20,8 @@ from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import UsageError
 from yuanmoe.ops import native
-from yuanmoe.ops.quant import dequantize, unpack
-from yuanmoe.ops.quant import quantize as quantize_tensor
+from yuanmoe.ops.quantize.groupwise import dequantize, unpack
+from yuanmoe.ops.quantize.groupwise import quantize as quantize_tensor
 from yuanmoe.studies.quality import read_loaded, read_streamed
 
 # The released layout has no key for it: hidden / heads channels of a head rotate.

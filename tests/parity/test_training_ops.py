@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from yuanmoe.ops import cross_entropy, wide
+from yuanmoe.ops import cross_entropy
 from yuanmoe.ops.cross_entropy import head_cross_entropy, head_cross_entropy_reference
-from yuanmoe.ops.grouped import grouped_linear
-from yuanmoe.ops.linear import linear
+from yuanmoe.ops.products import wide
+from yuanmoe.ops.products.grouped import grouped_linear
+from yuanmoe.ops.products.linear import linear
 from yuanmoe.ops.relations import CPU_BLOCK_TOKENS, relate, relate_reference
 
 

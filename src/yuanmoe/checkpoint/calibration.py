@@ -2,7 +2,7 @@
 
 The text passes the model as it is in the checkpoint, in full precision; so what a layer meets does not depend on how
 earlier ones were rounded, and an interrupted run finds the same numbers again. One layer is in memory at a time, and of
-it one expert. Not here: rounding (`ops/gptq.py`), passing a layer (`streamed.py`).
+it one expert. Not here: rounding (`ops/quantize/compensate.py`), passing a layer (`streamed.py`).
 Legend: N tokens of the text, D hidden, I inputs of a weight, E experts.
 """
 
@@ -21,10 +21,10 @@ from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import DecoderLayer
 from yuanmoe.model.experts import DenseFeedForward, MixtureOfExperts
 from yuanmoe.model.router import Routing
-from yuanmoe.ops.gptq import Compensation, compensation, quantize_compensated
-from yuanmoe.ops.grouped import swiglu
-from yuanmoe.ops.packing import PackedFormat
-from yuanmoe.ops.quant import BLOCK_ROWS, QuantizedTensor
+from yuanmoe.ops.products.grouped import swiglu
+from yuanmoe.ops.quantize.compensate import Compensation, compensation, quantize_compensated
+from yuanmoe.ops.quantize.groupwise import BLOCK_ROWS, QuantizedTensor
+from yuanmoe.ops.quantize.packed_format import PackedFormat
 
 WINDOW = 2048
 """Tokens of the text that are read together, where the model's context allows."""

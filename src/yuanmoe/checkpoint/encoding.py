@@ -1,7 +1,8 @@
 """One weight on its way from a checkpoint to packed codes and scales, some rows at a time.
 
-Three sources of codes: rounding (`ops.quant`), official GPTQ codes kept as they are, and rounding that makes up for its
-errors on a calibration text (`ops.gptq`). Not here: which weights, and where they go (`quantize.py`).
+Three sources of codes: rounding (`ops.quantize.groupwise`), official GPTQ codes kept as they are, and rounding that
+makes up for its errors on a calibration text (`ops.quantize.compensate`). Not here: which weights, and where they go
+(`quantize.py`).
 """
 
 from abc import ABC, abstractmethod
@@ -18,8 +19,7 @@ from torch import Tensor
 from yuanmoe.checkpoint import gptq
 from yuanmoe.checkpoint.lazy import ComposedTensor, LazyTensor
 from yuanmoe.errors import UsageError
-from yuanmoe.ops.packing import PackedFormat
-from yuanmoe.ops.quant import (
+from yuanmoe.ops.quantize.groupwise import (
     BLOCK_ROWS,
     Method,
     PackedTensor,
@@ -28,6 +28,7 @@ from yuanmoe.ops.quant import (
     pack,
     quantize,
 )
+from yuanmoe.ops.quantize.packed_format import PackedFormat
 
 PIECE_ELEMENTS = 1 << 18
 """Weights that a thread encodes before it takes the next: some milliseconds, and 1 MiB in float32."""

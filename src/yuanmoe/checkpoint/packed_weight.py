@@ -1,7 +1,8 @@
 """Quantized weights in our own layout: which ones there are, what config.json says of them, and how they are read.
 
-A quantized weight `X` is stored as `X.codes` and `X.scales` in the layout of the kernels (`ops/packing.py`), so loading
-is mapping. config.json names what is in few bits by role; everything else is stored as it is:
+A quantized weight `X` is stored as `X.codes` and `X.scales` in the layout of the kernels
+(`ops/quantize/packed_format.py`), so loading is mapping. config.json names what is in few bits by role; everything
+else is stored as it is:
 
 {"quantization": {"layout": 1, "method": "mse", "group_size": 64, "roles": {"experts": 4, "attention": 4, "lfa": 8}}}
 
@@ -20,8 +21,8 @@ from yuanmoe.checkpoint.lazy import LazyTensor
 from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, layout
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, UsageError
-from yuanmoe.ops.packing import PackedFormat
-from yuanmoe.ops.quant import BITS, BLOCK_ROWS, GROUP_SIZES, PackedTensor, check_format, dequantize
+from yuanmoe.ops.quantize.groupwise import BITS, BLOCK_ROWS, GROUP_SIZES, PackedTensor, check_format, dequantize
+from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.plan.cost import PRECISIONS, ROLES, Precision, Role
 
 LAYOUT = 1

@@ -17,7 +17,7 @@ from typing import Any
 from yuanmoe.checkpoint.encoding import Noise
 from yuanmoe.checkpoint.packed_weight import WHOLE, role_of
 from yuanmoe.checkpoint.store import Source
-from yuanmoe.ops.packing import PackedFormat
+from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.plan.cost import ROLES, Role
 from yuanmoe.storage.json_file import read_json
 

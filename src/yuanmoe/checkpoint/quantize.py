@@ -30,7 +30,7 @@ from yuanmoe.checkpoint.save import contents_of
 from yuanmoe.checkpoint.store import Source, open_checkpoint
 from yuanmoe.checkpoint.writer import WriteOptions, Written, write_checkpoint
 from yuanmoe.errors import UsageError
-from yuanmoe.ops.packing import PackedFormat
+from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.plan.cost import Precision
 from yuanmoe.storage.folder import check_apart, remove_leftovers
 

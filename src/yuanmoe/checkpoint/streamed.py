@@ -16,7 +16,7 @@ from yuanmoe.model.decoder import DecoderLayer, rotary_of
 from yuanmoe.model.experts import MixtureOfExperts
 from yuanmoe.model.router import Routing
 from yuanmoe.model.sequences import WholeSequences
-from yuanmoe.ops.grouped import swiglu
+from yuanmoe.ops.products.grouped import swiglu
 
 TOKENS_AT_ONCE = 4096
 """Tokens that are inside an expert together: 256 MiB of hidden values at M32's width."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from yuanmoe.ops import native
-from yuanmoe.ops.linear import linear
-from yuanmoe.ops.wide import has_bfloat16_matmul
+from yuanmoe.ops.products.linear import linear
+from yuanmoe.ops.products.wide import has_bfloat16_matmul
 from yuanmoe.plan.device.devices import Device
 from yuanmoe.plan.device.machine import Rate, measure
 from yuanmoe.units import GIB

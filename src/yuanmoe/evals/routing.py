@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
-from yuanmoe.ops.linear import linear
+from yuanmoe.ops.products.linear import linear
 from yuanmoe.ops.relations import relations
 
 MAX_KINDS = 4096

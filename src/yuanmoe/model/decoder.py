@@ -21,8 +21,8 @@ from yuanmoe.model.norm import RMSNorm
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
 from yuanmoe.model.sequences import Sequences, WholeSequences, documents_of
 from yuanmoe.model.whole_pass import WholePass
-from yuanmoe.ops.linear import linear
-from yuanmoe.ops.low_rank import corrected
+from yuanmoe.ops.products.linear import linear
+from yuanmoe.ops.products.low_rank import corrected
 from yuanmoe.ops.rotary import rotary_tables
 
 

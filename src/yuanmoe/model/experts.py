@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from yuanmoe.model.linear import Linear
 from yuanmoe.model.low_rank import LowRank, factors_of
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
-from yuanmoe.ops.grouped import expert_networks, experts_forward, swiglu
+from yuanmoe.ops.products.grouped import expert_networks, experts_forward, swiglu
 
 
 class DenseFeedForward(nn.Module):

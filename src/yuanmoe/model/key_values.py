@@ -14,7 +14,7 @@ from torch import Tensor
 from yuanmoe.errors import UsageError
 from yuanmoe.ops import native
 from yuanmoe.ops.attention import causal_attention
-from yuanmoe.ops.quant import quantize_activations
+from yuanmoe.ops.quantize.groupwise import quantize_activations
 
 
 class Slots:

@@ -1,9 +1,10 @@
-"""`nn.Linear` over the products of `ops.linear`, so that LoRA, quantization and sharding find the layer they know."""
+"""`nn.Linear` over the products of `ops.products.linear`, so that LoRA, quantization and sharding find the layer they
+know."""
 
 from torch import Tensor, nn
 
 from yuanmoe.model.low_rank import LowRank
-from yuanmoe.ops.linear import linear
+from yuanmoe.ops.products.linear import linear
 
 
 class Linear(nn.Linear):

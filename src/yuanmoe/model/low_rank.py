@@ -6,7 +6,7 @@ Source: LoRA, arXiv 2106.09685. Legend: N tokens, I inputs, O outputs, R rank, E
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from yuanmoe.ops.low_rank import Factors, correction
+from yuanmoe.ops.products.low_rank import Factors, correction
 
 
 class LowRank(nn.Module):

@@ -21,9 +21,9 @@ from yuanmoe.model.quantized_layers import (
     QuantizedLinear,
     WholeEmbedding,
 )
-from yuanmoe.ops.packed_linear import packed_linear
-from yuanmoe.ops.packing import PackedFormat
-from yuanmoe.ops.quant import dequantize
+from yuanmoe.ops.products.packed_linear import packed_linear
+from yuanmoe.ops.quantize.groupwise import dequantize
+from yuanmoe.ops.quantize.packed_format import PackedFormat
 
 
 class QuantizedYuan(YuanForCausalLM):

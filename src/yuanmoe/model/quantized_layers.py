@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from yuanmoe.model.low_rank import LowRank, factors_of
 from yuanmoe.model.router import Routing
 from yuanmoe.ops import native
-from yuanmoe.ops.grouped import experts_forward
-from yuanmoe.ops.packed_linear import packed_linear
-from yuanmoe.ops.packing import PackedFormat, take_rows
-from yuanmoe.ops.quant import PackedTensor
+from yuanmoe.ops.products.grouped import experts_forward
+from yuanmoe.ops.products.packed_linear import packed_linear
+from yuanmoe.ops.quantize.groupwise import PackedTensor
+from yuanmoe.ops.quantize.packed_format import PackedFormat, take_rows
 
 
 class PackedMatrices(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from yuanmoe.model.low_rank import LowRank
 from yuanmoe.ops import native
-from yuanmoe.ops.linear import linear
+from yuanmoe.ops.products.linear import linear
 from yuanmoe.ops.relations import relate
 
 

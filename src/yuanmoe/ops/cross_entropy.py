@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from yuanmoe.ops.linear import linear, widens
+from yuanmoe.ops.products.linear import linear, widens
 
 BLOCK_TOKENS = 512
 """Tokens whose logits exist at a time. Fewer save memory, but the gradient of the weight is added to once a block."""

@@ -4,7 +4,8 @@ Everything is a sum over one inventory, `weights(config)`: which matrices and ve
 stored, and how many of them work for one token. Sources: arXiv 2405.17976 (M32 and its table of efficiency),
 arXiv 2311.15786 (LFA). One multiplication or one addition is one FLOP.
 Legend: D hidden, C = heads x head_dim, E experts, K chosen, F expert width, I dense width, V vocabulary, S context.
-Not here: intermediate results (`activations.py`), devices, memory limits and time (`device/planner.py`, `cluster/search.py`).
+Not here: intermediate results (`activations.py`), devices, memory limits and time (`device/planner.py`,
+`cluster/search.py`).
 """
 
 import math
@@ -165,7 +166,7 @@ def petaflops_days(flops: float) -> float:
 
 BLOCK_ROWS = 16
 SCALE_BYTES = 2
-"""The packed layout of quantized matrices (`ops/quant.py`): padded to 16 rows, fp16 scales."""
+"""The packed layout of quantized matrices (`ops/quantize/groupwise.py`): padded to 16 rows, fp16 scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

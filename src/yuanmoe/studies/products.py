@@ -13,7 +13,7 @@ from torch import Tensor
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.ops import native
-from yuanmoe.ops.packing import PackedFormat
+from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.studies.synthetic import random_packed
 from yuanmoe.studies.timing import take_turns
 

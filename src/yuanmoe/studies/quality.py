@@ -22,7 +22,7 @@ from yuanmoe.errors import CheckpointError
 from yuanmoe.evals.reading import progress, windows
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.norm import RMSNorm
-from yuanmoe.ops.linear import linear
+from yuanmoe.ops.products.linear import linear
 from yuanmoe.plan.device.planner import PREFILL_TOKENS
 
 CONTEXT = 2048

@@ -2,7 +2,7 @@
 
 Each rank of a group routes its own tokens over all E experts and holds E / R of them. Sorted by expert, its tokens are
 sorted by rank too: one all-to-all takes them there, one takes the outputs back, and their gradients take the same ways
-in reverse. The arithmetic is that of one device (`ops/grouped.py`); only who computes it changes.
+in reverse. The arithmetic is that of one device (`ops/products/grouped.py`); only who computes it changes.
 
 A rank's experts see the tokens of the whole group, so that their gradient is the SUM over the group's ranks of what
 each rank's loss says; all other parameters have that of the rank's own loss, and are for the caller to sum. Losses
@@ -26,7 +26,7 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.model.experts import Experts, MixtureOfExperts
 from yuanmoe.model.low_rank import LowRank
 from yuanmoe.model.router import Routing
-from yuanmoe.ops.grouped import combine, dispatch, unsorted
+from yuanmoe.ops.products.grouped import combine, dispatch, unsorted
 from yuanmoe.plan.cluster.layout import check_expert_ranks
 
 _Model = TypeVar("_Model", bound=nn.Module)

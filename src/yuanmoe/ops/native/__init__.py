@@ -1,9 +1,9 @@
 """Matrix products with 4-bit, 8-bit and bfloat16 weights on the CPU, at the speed of its memory.
 
 A result is the same number, bit for bit, for any thread count, batch, neighbour in the batch and variant of the
-library. Where the library is missing, quantized products go through torch (`ops.quant`): the same arithmetic to within
-float32 rounding, much slower, and a warning says so once. `docs/kernels.md` has the layout, bounds and measurements.
-Not here: gradients; training works on dequantized weights.
+library. Where the library is missing, quantized products go through torch (`ops.quantize.groupwise`): the same
+arithmetic to within float32 rounding, much slower, and a warning says so once. `docs/kernels.md` has the layout,
+bounds and measurements. Not here: gradients; training works on dequantized weights.
 Legend: N tokens, O outputs, I inputs, E experts, F expert width, FF = 2 F, D hidden, K chosen, B sequences, P slots of
 a page, M pages of a sequence, H heads, C head channels.
 """
@@ -16,7 +16,6 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from yuanmoe.errors import UsageError
-from yuanmoe.ops import quant
 from yuanmoe.ops.native.choice import available, chosen, kernels, reason, variant
 from yuanmoe.ops.native.library import Kernels
 from yuanmoe.ops.native.shapes import (
@@ -30,7 +29,8 @@ from yuanmoe.ops.native.shapes import (
     readable_routing,
 )
 from yuanmoe.ops.native.structures import DTYPES, STORED
-from yuanmoe.ops.quant import PackedTensor
+from yuanmoe.ops.quantize import groupwise as quant
+from yuanmoe.ops.quantize.groupwise import PackedTensor
 
 __all__ = [
     "MAX_EXPERTS",

@@ -20,7 +20,7 @@ from torch import Tensor
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.ops.native import structures as c
 from yuanmoe.ops.native.structures import DTYPES, STORED
-from yuanmoe.ops.quant import PackedTensor
+from yuanmoe.ops.quantize.groupwise import PackedTensor
 
 VARIANTS: Final = ("portable", "avx2", "avx512vnni")
 """In the order of `csrc/api.cpp`, and of speed."""

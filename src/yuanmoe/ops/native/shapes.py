@@ -10,7 +10,7 @@ from torch import Tensor
 
 from yuanmoe.errors import UsageError
 from yuanmoe.ops.native.structures import DTYPES
-from yuanmoe.ops.quant import PackedTensor
+from yuanmoe.ops.quantize.groupwise import PackedTensor
 
 PAGE_SLOTS = 32
 """Pages hold a multiple of so many keys, which the attention kernel takes at once (`kKeysAtOnce` in csrc/layout.h)."""

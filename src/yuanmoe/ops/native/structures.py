@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from yuanmoe.ops.quant import PackedTensor
+from yuanmoe.ops.quantize.groupwise import PackedTensor
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 """Tokens that the kernels read and write as they are."""

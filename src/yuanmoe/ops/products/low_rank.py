@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from yuanmoe.ops.linear import linear
+from yuanmoe.ops.products.linear import linear
 
 
 class Factors(NamedTuple):

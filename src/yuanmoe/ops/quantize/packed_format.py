@@ -1,4 +1,5 @@
-"""The packed layout of `ops.quant` without the numbers: what shapes codes and scales have, and single rows out of them.
+"""The packed layout of `ops.quantize.groupwise` without the numbers: what shapes codes and scales have, and single
+rows out of them.
 
 Legend: B blocks of 16 rows, G groups of a row, N rows asked for, I inputs (columns).
 """
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from yuanmoe.ops.quant import BLOCK_ROWS, PackedTensor, check_format
+from yuanmoe.ops.quantize.groupwise import BLOCK_ROWS, PackedTensor, check_format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from yuanmoe.ops import native
-from yuanmoe.ops.wide import BLOCK_ELEMENTS, has_bfloat16_matmul, learns_wide, wide_linear
+from yuanmoe.ops.products.wide import BLOCK_ELEMENTS, has_bfloat16_matmul, learns_wide, wide_linear
 
 WIDEN_FROM_TOKENS = 12
 """Below this, reading the weights once as they are is faster than widening them."""

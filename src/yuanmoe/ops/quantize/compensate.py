@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from yuanmoe.errors import CheckpointError
-from yuanmoe.ops.quant import QuantizedTensor, quantize
+from yuanmoe.ops.quantize.groupwise import QuantizedTensor, quantize
 
 LEAST_DAMPING = 0.01
 SCARCITY_DAMPING = 0.06

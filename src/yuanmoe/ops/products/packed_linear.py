@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from yuanmoe.ops import native
-from yuanmoe.ops.quant import BLOCK_ROWS, PackedTensor, dequantize, matrix_of
-from yuanmoe.ops.wide import BLOCK_ELEMENTS
+from yuanmoe.ops.products.wide import BLOCK_ELEMENTS
+from yuanmoe.ops.quantize.groupwise import BLOCK_ROWS, PackedTensor, dequantize, matrix_of
 
 
 def packed_linear(x: Float[Tensor, "*N I"], weight: PackedTensor) -> Float[Tensor, "*N SO"]:

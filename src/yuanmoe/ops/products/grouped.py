@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from yuanmoe.ops import native
-from yuanmoe.ops.linear import linear, widens
-from yuanmoe.ops.low_rank import Factors, corrected, correction
-from yuanmoe.ops.packed_linear import packed_linear
-from yuanmoe.ops.quant import PackedTensor, matrix_of
-from yuanmoe.ops.wide import learns_wide, wide_grouped_linear
+from yuanmoe.ops.products.linear import linear, widens
+from yuanmoe.ops.products.low_rank import Factors, corrected, correction
+from yuanmoe.ops.products.packed_linear import packed_linear
+from yuanmoe.ops.products.wide import learns_wide, wide_grouped_linear
+from yuanmoe.ops.quantize.groupwise import PackedTensor, matrix_of
 
 GATHERED_UP_TO_TOKENS = 4
 """On a CPU, up to this many tokens visit their experts one by one; beyond, sorting them by expert pays."""
