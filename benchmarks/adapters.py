@@ -23,9 +23,9 @@ from yuanmoe.config import preset
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.requests import Request
 from yuanmoe.engine.sampling import SamplingParams
-from yuanmoe.model.lora import new_factors
-from yuanmoe.model.multi_lora import MultiLora
-from yuanmoe.model.targets import LoraSettings, targets
+from yuanmoe.model.lora.attach import new_factors
+from yuanmoe.model.lora.multi_lora import MultiLora
+from yuanmoe.model.lora.targets import LoraSettings, targets
 from yuanmoe.ops import native
 from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.studies.layers import cut

@@ -6,8 +6,8 @@ from small_models import random_model, small_config
 from yuanmoe.checkpoint.adapter import Adapter, adapter_of, base_of, matrices
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.lora import attach, new_factors
-from yuanmoe.model.targets import LoraSettings, targets
+from yuanmoe.model.lora.attach import attach, new_factors
+from yuanmoe.model.lora.targets import LoraSettings, targets
 
 
 def settings(*roles: str, **changes) -> LoraSettings:

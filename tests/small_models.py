@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.cache import Cache
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.router import Routing
+from yuanmoe.model.state.cache import Cache
 
 EOD = 0
 VOCABULARY = 32

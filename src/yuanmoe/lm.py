@@ -21,7 +21,7 @@ from yuanmoe.engine.generate import FinishReason, Generation, Timing, Token, Tok
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.engine.score import score
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.lora import detach
+from yuanmoe.model.lora.attach import detach
 from yuanmoe.plan.cost import Precision
 from yuanmoe.shipped import model_folder
 from yuanmoe.text.chat import Message, encode_chat

@@ -21,7 +21,7 @@ from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.cli import training
 from yuanmoe.cli.main import main
 from yuanmoe.errors import CheckpointError, ConfigError
-from yuanmoe.model.targets import LoraSettings
+from yuanmoe.model.lora.targets import LoraSettings
 from yuanmoe.plan.device.machine import Rate
 from yuanmoe.storage.run_folder import read_metrics
 from yuanmoe.train.checkpoint import FACTS, steps

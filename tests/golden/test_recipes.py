@@ -8,7 +8,7 @@ from small_runs import recipe
 from yuanmoe.checkpoint.adapter import active_parameters, matrices
 from yuanmoe.config import preset
 from yuanmoe.errors import ConfigError, UsageError
-from yuanmoe.model.targets import num_parameters, targets
+from yuanmoe.model.lora.targets import num_parameters, targets
 from yuanmoe.plan import cost
 from yuanmoe.train.meter import flops_per_token
 from yuanmoe.train.recipe import BalanceSettings

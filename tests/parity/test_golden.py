@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from small_models import greedy
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.model.cache import Cache
+from yuanmoe.model.state.cache import Cache
 
 MOE = ("moe-tiny", "moe-32x2")
 ALL = (*MOE, "dense-tiny")

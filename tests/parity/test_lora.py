@@ -15,8 +15,8 @@ from yuanmoe.checkpoint.peft import CONFIG, export_peft
 from yuanmoe.checkpoint.quantize import quantize
 from yuanmoe.checkpoint.save import save_native, save_official
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.lora import attach, attached, detach
-from yuanmoe.model.targets import ROLES, ROUTER, role_of
+from yuanmoe.model.lora.attach import attach, attached, detach
+from yuanmoe.model.lora.targets import ROLES, ROUTER, role_of
 from yuanmoe.ops.products.grouped import experts_forward, experts_reference
 from yuanmoe.ops.products.low_rank import Factors
 from yuanmoe.ops.products.packed_linear import packed_linear

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yuanmoe.errors import UsageError
-from yuanmoe.model.key_values import Slots, attend
+from yuanmoe.model.state.key_values import Slots, attend
 from yuanmoe.ops import native
 from yuanmoe.ops.attention import causal_attention
 

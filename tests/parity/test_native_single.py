@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yuanmoe.errors import UsageError
-from yuanmoe.model.key_values import Slots
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.model.router import attention_scores, choose
+from yuanmoe.model.state.key_values import Slots
 from yuanmoe.ops import native
 from yuanmoe.ops.native.library import Kernels
 from yuanmoe.ops.relations import relate_reference

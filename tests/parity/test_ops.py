@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from yuanmoe.model.attention import LocalizedFilter
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.model.router import attention_scores, choose
-from yuanmoe.model.sequences import WholeSequences
+from yuanmoe.model.state.sequences import WholeSequences
 from yuanmoe.ops.attention import attend_runs, causal_attention
 from yuanmoe.ops.products import grouped
 from yuanmoe.ops.products import linear as products

@@ -12,7 +12,7 @@ from yuanmoe.checkpoint.store import open_checkpoint
 from yuanmoe.checkpoint.verify import verify
 from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
-from yuanmoe.model.targets import LoraSettings
+from yuanmoe.model.lora.targets import LoraSettings
 from yuanmoe.train.checkpoint import newest
 from yuanmoe.train.layout import layout_of
 from yuanmoe.train.recipe import BalanceSettings

@@ -9,11 +9,11 @@ import torch
 from small_models import VARIANTS, random_model, small_config
 from yuanmoe.checkpoint.packed_weight import policy
 from yuanmoe.errors import UsageError
-from yuanmoe.model.cache import Cache
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.paged import PagedCache, PagedSequences
-from yuanmoe.model.sequences import WholeSequences
-from yuanmoe.model.whole_pass import AT_ONCE_TOKENS, WholePass
+from yuanmoe.model.fast.whole_pass import AT_ONCE_TOKENS, WholePass
+from yuanmoe.model.state.cache import Cache
+from yuanmoe.model.state.paged import PagedCache, PagedSequences
+from yuanmoe.model.state.sequences import WholeSequences
 from yuanmoe.ops import native
 from yuanmoe.studies.synthetic import synthetic_model
 

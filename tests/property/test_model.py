@@ -18,8 +18,8 @@ from small_models import (
 )
 from yuanmoe.config import preset
 from yuanmoe.errors import ContextLengthError
-from yuanmoe.model.cache import Cache
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.state.cache import Cache
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

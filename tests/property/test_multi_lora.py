@@ -22,8 +22,8 @@ from yuanmoe.checkpoint.quantize import quantize
 from yuanmoe.checkpoint.save import save_native
 from yuanmoe.engine.engine import Engine
 from yuanmoe.errors import UsageError
-from yuanmoe.model.lora import attach, attached, detach
-from yuanmoe.model.multi_lora import NOBODY, MultiLora
+from yuanmoe.model.lora.attach import attach, attached, detach
+from yuanmoe.model.lora.multi_lora import NOBODY, MultiLora
 from yuanmoe.ops import native
 
 EVERYTHING = ("q", "k", "v", "o", "lfa", "experts", "head")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from small_models import EOD, VARIANTS, configs, random_ids, random_model, small_config
-from yuanmoe.model.sequences import WholeSequences, documents_of
+from yuanmoe.model.state.sequences import WholeSequences, documents_of
 
 DOCUMENT = st.integers(0, 6)
 """Tokens before its `<eod>`; a document may be empty."""

@@ -19,8 +19,8 @@ from yuanmoe.checkpoint.quantize import quantize
 from yuanmoe.checkpoint.save import save_native
 from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
-from yuanmoe.model.key_values import Slots, attend
-from yuanmoe.model.quantized import QuantizedYuan
+from yuanmoe.model.quantized.build import QuantizedYuan
+from yuanmoe.model.state.key_values import Slots, attend
 from yuanmoe.ops import native
 
 NEW_TOKENS = 4

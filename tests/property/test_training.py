@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from small_models import VARIANTS, random_ids, random_model, small_config
 from yuanmoe.model.attention import LocalizedFilter
-from yuanmoe.model.cache import Cache
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.sequences import WholeSequences
+from yuanmoe.model.state.cache import Cache
+from yuanmoe.model.state.sequences import WholeSequences
 
 
 def loss_of(model, ids):

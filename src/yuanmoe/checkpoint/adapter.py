@@ -7,7 +7,7 @@
 
 A base is known by its norms, biases and routers, rounded to bfloat16: those are kept whole in every precision, so that
 what was learned on 4 bits also fits the weights that they were made of, and no two trained models share them.
-Not here: factors at work (`model/lora.py`), PEFT's format (`peft.py`), factors added to weights (`merge.py`).
+Not here: factors at work (`model/lora/attach.py`), PEFT's format (`peft.py`), factors added to weights (`merge.py`).
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from yuanmoe.checkpoint.writer import Contents, Written, write_checkpoint
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, ConfigError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.lora import A, B, attach, factor_tensors
-from yuanmoe.model.targets import LoraSettings, Shape, factor_shapes, num_parameters, role_of, targets
+from yuanmoe.model.lora.attach import A, B, attach, factor_tensors
+from yuanmoe.model.lora.targets import LoraSettings, Shape, factor_shapes, num_parameters, role_of, targets
 from yuanmoe.storage.json_file import read_json
 
 VERSION = 1

@@ -24,7 +24,7 @@ from yuanmoe.checkpoint.packed_weight import PackedWeight
 from yuanmoe.checkpoint.store import Source, open_checkpoint
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.quantized import quantized_model
+from yuanmoe.model.quantized.build import quantized_model
 from yuanmoe.ops.quantize.groupwise import BITS
 from yuanmoe.plan import cost
 from yuanmoe.plan.device.machine import read_machine

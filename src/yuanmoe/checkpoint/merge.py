@@ -19,7 +19,7 @@ from yuanmoe.checkpoint.save import contents_of
 from yuanmoe.checkpoint.store import Source, open_checkpoint
 from yuanmoe.checkpoint.writer import WriteOptions, Written, write_checkpoint
 from yuanmoe.errors import UsageError
-from yuanmoe.model.lora import A, B
+from yuanmoe.model.lora.attach import A, B
 from yuanmoe.storage.folder import check_apart
 
 

@@ -6,7 +6,7 @@ else is stored as it is:
 
 {"quantization": {"layout": 1, "method": "mse", "group_size": 64, "roles": {"experts": 4, "attention": 4, "lfa": 8}}}
 
-Not here: making them (`quantize.py`), computing with them (`model/quantized.py`).
+Not here: making them (`quantize.py`), computing with them (`model/quantized/build.py`).
 """
 
 from collections.abc import Iterable, Mapping

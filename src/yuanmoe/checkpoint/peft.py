@@ -18,8 +18,8 @@ from yuanmoe.checkpoint.adapter import Adapter, adapted_shapes
 from yuanmoe.checkpoint.lazy import TensorView
 from yuanmoe.checkpoint.safetensors_file import write_safetensors
 from yuanmoe.errors import CheckpointError
-from yuanmoe.model.lora import A, B
-from yuanmoe.model.targets import ROUTER, role_of
+from yuanmoe.model.lora.attach import A, B
+from yuanmoe.model.lora.targets import ROUTER, role_of
 from yuanmoe.storage.folder import Kind, new_folder, write_synced
 from yuanmoe.storage.json_file import json_text
 

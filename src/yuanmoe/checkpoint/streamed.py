@@ -15,7 +15,7 @@ from yuanmoe.checkpoint.store import Source
 from yuanmoe.model.decoder import DecoderLayer, rotary_of
 from yuanmoe.model.experts import MixtureOfExperts
 from yuanmoe.model.router import Routing
-from yuanmoe.model.sequences import WholeSequences
+from yuanmoe.model.state.sequences import WholeSequences
 from yuanmoe.ops.products.grouped import swiglu
 
 TOKENS_AT_ONCE = 4096

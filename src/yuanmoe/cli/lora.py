@@ -13,7 +13,7 @@ from rich.table import Table
 from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.progress import bytes_progress
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.targets import LoraSettings, Shape, num_parameters, role_of, targets
+from yuanmoe.model.lora.targets import LoraSettings, Shape, num_parameters, role_of, targets
 from yuanmoe.plan import cost
 from yuanmoe.units import format_count, format_size
 

@@ -19,8 +19,8 @@ from yuanmoe.engine.sampling import Sampler, TopLogprobs, require_numbers, sampl
 from yuanmoe.engine.schedule import Schedule, Sequence
 from yuanmoe.errors import ContextLengthError, UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.multi_lora import MultiLora
-from yuanmoe.model.paged import PagedCache
+from yuanmoe.model.lora.multi_lora import MultiLora
+from yuanmoe.model.state.paged import PagedCache
 
 CONTEXTS = 4
 """Full contexts that the cache has room for, unless it is told otherwise."""

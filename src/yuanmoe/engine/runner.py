@@ -16,9 +16,9 @@ from yuanmoe.engine.sampling import top_logprobs
 from yuanmoe.engine.schedule import Sequence
 from yuanmoe.engine.score import HEAD_TOKENS
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.multi_lora import MultiLora
-from yuanmoe.model.paged import PagedCache, PagedSequences
+from yuanmoe.model.lora.multi_lora import MultiLora
 from yuanmoe.model.router import Routing
+from yuanmoe.model.state.paged import PagedCache, PagedSequences
 
 
 class Pass(NamedTuple):

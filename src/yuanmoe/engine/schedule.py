@@ -16,7 +16,7 @@ import numpy as np
 from yuanmoe.engine.pages import ROOT, PageKey, Pages
 from yuanmoe.engine.requests import PromptLogprobs, Request
 from yuanmoe.engine.sampling import Sampler
-from yuanmoe.model.multi_lora import NOBODY
+from yuanmoe.model.lora.multi_lora import NOBODY
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ from yuanmoe.hf.configuration import YuanConfig
 from yuanmoe.hf.sequences import CachedRows, Padding, check_cache, whole_sequences
 from yuanmoe.model import decoder
 from yuanmoe.model.linear import Linear
-from yuanmoe.model.sequences import Sequences, documents_of
+from yuanmoe.model.state.sequences import Sequences, documents_of
 from yuanmoe.ops.rotary import rotary_tables
 
 _HEAD = "lm_head.weight"

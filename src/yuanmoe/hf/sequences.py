@@ -18,7 +18,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin, StaticLayer
 
 from yuanmoe.config import Packing
 from yuanmoe.errors import UsageError
-from yuanmoe.model.sequences import Sequences, WholeSequences
+from yuanmoe.model.state.sequences import Sequences, WholeSequences
 from yuanmoe.ops.attention import attend_runs, causal_attention
 
 

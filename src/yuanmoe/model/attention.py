@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from yuanmoe.model.linear import Linear
 from yuanmoe.model.norm import RMSNorm
-from yuanmoe.model.sequences import FILTER_HIDDEN, FILTER_INPUT, Sequences
+from yuanmoe.model.state.sequences import FILTER_HIDDEN, FILTER_INPUT, Sequences
 from yuanmoe.ops.rotary import rotate
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.attention import Attention, LocalizedFilter
-from yuanmoe.model.cache import Cache
 from yuanmoe.model.experts import DenseFeedForward, Experts, MixtureOfExperts
-from yuanmoe.model.low_rank import LowRank, factors_of
+from yuanmoe.model.fast.whole_pass import WholePass
+from yuanmoe.model.lora.low_rank import LowRank, factors_of
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
-from yuanmoe.model.sequences import Sequences, WholeSequences, documents_of
-from yuanmoe.model.whole_pass import WholePass
+from yuanmoe.model.state.cache import Cache
+from yuanmoe.model.state.sequences import Sequences, WholeSequences, documents_of
 from yuanmoe.ops.products.linear import linear
 from yuanmoe.ops.products.low_rank import corrected
 from yuanmoe.ops.rotary import rotary_tables

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from yuanmoe.model.linear import Linear
-from yuanmoe.model.low_rank import LowRank, factors_of
+from yuanmoe.model.lora.low_rank import LowRank, factors_of
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
 from yuanmoe.ops.products.grouped import expert_networks, experts_forward, swiglu
 

@@ -3,7 +3,7 @@ know."""
 
 from torch import Tensor, nn
 
-from yuanmoe.model.low_rank import LowRank
+from yuanmoe.model.lora.low_rank import LowRank
 from yuanmoe.ops.products.linear import linear
 
 

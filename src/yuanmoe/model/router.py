@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from yuanmoe.model.low_rank import LowRank
+from yuanmoe.model.lora.low_rank import LowRank
 from yuanmoe.ops import native
 from yuanmoe.ops.products.linear import linear
 from yuanmoe.ops.relations import relate

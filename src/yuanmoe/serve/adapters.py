@@ -1,6 +1,6 @@
 """Adapters beside the model that is served: named at the start, checked against their base, described to who asks.
 
-A request names one in the place of the model; what the engine does then is `model/multi_lora.py`'s.
+A request names one in the place of the model; what the engine does then is `model/lora/multi_lora.py`'s.
 """
 
 import hashlib

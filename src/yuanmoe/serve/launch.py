@@ -14,7 +14,7 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.engine.engine import Engine
 from yuanmoe.errors import UsageError
 from yuanmoe.lm import LanguageModel
-from yuanmoe.model.multi_lora import MultiLora
+from yuanmoe.model.lora.multi_lora import MultiLora
 from yuanmoe.plan import cost
 from yuanmoe.serve.adapters import check_room, offered
 from yuanmoe.serve.app import Access, create_app

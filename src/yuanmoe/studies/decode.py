@@ -15,8 +15,8 @@ import torch
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ResourceError
-from yuanmoe.model.cache import Cache
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.state.cache import Cache
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
 from yuanmoe.plan.cost import Precision

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from yuanmoe.checkpoint.packed_weight import packed_formats
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.quantized import QuantizedYuan, quantized_model
+from yuanmoe.model.quantized.build import QuantizedYuan, quantized_model
 from yuanmoe.ops.quantize.groupwise import PackedTensor
 from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.plan.cost import Precision

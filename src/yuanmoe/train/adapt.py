@@ -1,7 +1,7 @@
 """The model that a run of LoRA adapts: a frozen base in any precision, with factors beside it that learn.
 
 The base is mapped where its files are what memory needs, and never saved; what learns are float32 factors, whatever
-the base computes in. Not here: where factors go (`model/lora.py`), their files (`checkpoint/adapter.py`).
+the base computes in. Not here: where factors go (`model/lora/attach.py`), their files (`checkpoint/adapter.py`).
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from yuanmoe.checkpoint.load import load_model
 from yuanmoe.checkpoint.native_config import parse_dtype
 from yuanmoe.checkpoint.store import Source
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.lora import attach, new_factors
-from yuanmoe.model.targets import targets
+from yuanmoe.model.lora.attach import attach, new_factors
+from yuanmoe.model.lora.targets import targets
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.start import prepared
 

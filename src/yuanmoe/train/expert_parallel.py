@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.experts import Experts, MixtureOfExperts
-from yuanmoe.model.low_rank import LowRank
+from yuanmoe.model.lora.low_rank import LowRank
 from yuanmoe.model.router import Routing
 from yuanmoe.ops.products.grouped import combine, dispatch, unsorted
 from yuanmoe.plan.cluster.layout import check_expert_ranks

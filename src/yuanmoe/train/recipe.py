@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 from yuanmoe.config import ModelConfig
 from yuanmoe.data.loader import MaskRule
 from yuanmoe.errors import ConfigError
-from yuanmoe.model.targets import LoraSettings
+from yuanmoe.model.lora.targets import LoraSettings
 
 Precision = Literal["float32", "bfloat16"]
 Shape = Literal["cosine", "constant", "wsd"]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from yuanmoe.config import ModelConfig, preset
 from yuanmoe.errors import UsageError
-from yuanmoe.model.targets import LoraSettings
+from yuanmoe.model.lora.targets import LoraSettings
 from yuanmoe.train.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
 
 CODE_PROMPTS = ("def read_lines(path):\n    ", "class Stack:\n    def __init__(self", "import os\n\nfor name in ")

@@ -24,7 +24,7 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
 from yuanmoe.model.router import Routing
-from yuanmoe.model.sequences import Sequences
+from yuanmoe.model.state.sequences import Sequences
 from yuanmoe.plan.cluster.layout import check_stages
 from yuanmoe.plan.cluster.split import spans
 from yuanmoe.train.step import Windows, head_loss

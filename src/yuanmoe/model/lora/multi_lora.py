@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.lora import attached, low_ranks, place_of
-from yuanmoe.model.low_rank import LowRank
+from yuanmoe.model.lora.attach import attached, low_ranks, place_of
+from yuanmoe.model.lora.low_rank import LowRank
+from yuanmoe.model.lora.targets import LoraSettings
 from yuanmoe.model.router import Routing
-from yuanmoe.model.targets import LoraSettings
 
 NOBODY = -1
 """In the place of an adapter's number: the model itself."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.low_rank import LowRank
-from yuanmoe.model.targets import HEAD, LoraSettings, Shape, factor_shapes
+from yuanmoe.model.lora.low_rank import LowRank
+from yuanmoe.model.lora.targets import HEAD, LoraSettings, Shape, factor_shapes
 
 A, B = "a", "b"
 _HEAD_SLOT = "head_lora"

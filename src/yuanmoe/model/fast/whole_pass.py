@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yuanmoe.model.addresses import Addresses, UnsuitableError, take_addresses
-from yuanmoe.model.key_values import Slots
+from yuanmoe.model.fast.addresses import Addresses, UnsuitableError, take_addresses
 from yuanmoe.model.router import Routing
-from yuanmoe.model.sequences import Sequences, StoredSequences, StoredState
+from yuanmoe.model.state.key_values import Slots
+from yuanmoe.model.state.sequences import Sequences, StoredSequences, StoredState
 from yuanmoe.ops import native
 from yuanmoe.ops.native import structures as c
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ContextLengthError
-from yuanmoe.model.key_values import Slots, attend
-from yuanmoe.model.sequences import StoredState
+from yuanmoe.model.state.key_values import Slots, attend
+from yuanmoe.model.state.sequences import StoredState
 
 
 class Cache:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.model.quantized_layers import (
+from yuanmoe.model.quantized.layers import (
     PackedMatrices,
     QuantizedEmbedding,
     QuantizedExperts,

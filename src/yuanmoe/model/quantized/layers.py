@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from yuanmoe.model.low_rank import LowRank, factors_of
+from yuanmoe.model.lora.low_rank import LowRank, factors_of
 from yuanmoe.model.router import Routing
 from yuanmoe.ops import native
 from yuanmoe.ops.products.grouped import experts_forward

@@ -14,7 +14,7 @@ from yuanmoe.model.attention import Attention
 from yuanmoe.model.experts import DenseFeedForward, Experts, MixtureOfExperts
 from yuanmoe.model.linear import Linear
 from yuanmoe.model.norm import RMSNorm
-from yuanmoe.model.quantized_layers import PackedMatrices, QuantizedExperts, QuantizedLinear
+from yuanmoe.model.quantized.layers import PackedMatrices, QuantizedExperts, QuantizedLinear
 from yuanmoe.model.router import AttentionRouter, LinearRouter
 from yuanmoe.ops import native
 from yuanmoe.ops.native import structures as c

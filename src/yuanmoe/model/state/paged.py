@@ -13,8 +13,8 @@ from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.key_values import Slots
-from yuanmoe.model.sequences import StoredState
+from yuanmoe.model.state.key_values import Slots
+from yuanmoe.model.state.sequences import StoredState
 from yuanmoe.ops import native
 from yuanmoe.ops.attention import attend_padded, causal_attention
 

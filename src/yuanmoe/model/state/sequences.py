@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from yuanmoe.config import Packing
-from yuanmoe.model.key_values import Slots
+from yuanmoe.model.state.key_values import Slots
 from yuanmoe.ops.attention import attend_runs
 
 FILTER_INPUT, FILTER_HIDDEN = 0, 1

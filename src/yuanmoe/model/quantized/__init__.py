@@ -1,0 +1,1 @@
+"""The same model over 4-bit and 8-bit weights."""
