@@ -16,8 +16,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the program sets it; read 
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.adapter import matrices
-from yuanmoe.checkpoint.packed_weight import policy
+from yuanmoe.checkpoint.adapters.adapter import matrices
+from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.config import preset
 from yuanmoe.engine.engine import Engine

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 import yuanmoe.engine.engine as engine_module
-from yuanmoe.checkpoint.native_config import parse_dtype
+from yuanmoe.checkpoint.formats.native_config import parse_dtype
 from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.config import preset
 from yuanmoe.engine.engine import Engine

@@ -23,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the program sets it; read 
 
 import torch
 
-from yuanmoe.checkpoint.packed_weight import policy
+from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.config import preset
 from yuanmoe.ops import native

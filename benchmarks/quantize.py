@@ -2,10 +2,10 @@
 
     python benchmarks/quantize.py [--methods rtn mse gptq] [--layers N] [--experts N] [--threads N] > result.json
 
-Weights of full width come from a generator (normal numbers, no 80 GB file) and pass through `checkpoint/quantize.py`
-into files on the disk of `--folder`, as they would from a checkpoint. A few layers and experts stand for all: the time
-of the whole model is extrapolated by its bytes. The table (stderr) and the JSON (stdout) give MB/s of bfloat16 input,
-by the clock and by the time that cores spent, which other programs disturb less.
+Weights of full width come from a generator (normal numbers, no 80 GB file) and pass through
+`checkpoint/quantize/quantize.py` into files on the disk of `--folder`, as they would from a checkpoint. A few layers
+and experts stand for all: the time of the whole model is extrapolated by its bytes. The table (stderr) and the JSON
+(stdout) give MB/s of bfloat16 input, by the clock and by the time that cores spent, which other programs disturb less.
 """
 
 import argparse
@@ -23,12 +23,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.lazy import LazyTensor
-from yuanmoe.checkpoint.mapping import layout
-from yuanmoe.checkpoint.native_config import Origin
-from yuanmoe.checkpoint.packed_weight import packed_formats, policy
-from yuanmoe.checkpoint.quantize import Job, Method, run
-from yuanmoe.checkpoint.store import Source
+from yuanmoe.checkpoint.files.lazy import LazyTensor
+from yuanmoe.checkpoint.formats.mapping import layout
+from yuanmoe.checkpoint.formats.native_config import Origin
+from yuanmoe.checkpoint.formats.packed_weight import packed_formats, policy
+from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.quantize.quantize import Job, Method, run
 from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.cli.progress import bytes_progress
 from yuanmoe.config import ModelConfig, preset

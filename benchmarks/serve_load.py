@@ -111,7 +111,7 @@ def target(url: str | None, model: Path, threads: int) -> Iterator[Target]:
 
 def random_model(folder: Path, name: str) -> Path:
     """A checkpoint of a preset with random weights, and a tokenizer of 2,048 tokens."""
-    from yuanmoe.checkpoint.save import save_native
+    from yuanmoe.checkpoint.write.save import save_native
     from yuanmoe.config import preset
     from yuanmoe.model.decoder import YuanForCausalLM
     from yuanmoe.text.bpe import train_bpe

@@ -3,8 +3,8 @@
 import torch
 
 from small_runs import batches, heldout
-from yuanmoe.checkpoint.native_config import Origin, parse_dtype
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.formats.native_config import Origin, parse_dtype
+from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.train.checkpoint import Checkpoints, newest, read_facts, snapshot
 from yuanmoe.train.layout import laid_out, layout_of
 from yuanmoe.train.loop import Training

@@ -3,7 +3,7 @@
 import torch
 
 from small_models import random_model, small_config
-from yuanmoe.checkpoint.adapter import Adapter, adapter_of, base_of, matrices
+from yuanmoe.checkpoint.adapters.adapter import Adapter, adapter_of, base_of, matrices
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.lora.attach import attach, new_factors

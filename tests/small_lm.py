@@ -4,7 +4,7 @@ from pathlib import Path
 
 from small_models import random_model, small_config
 from small_tokenizers import bpe
-from yuanmoe.checkpoint.save import save_native
+from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.config import ModelConfig
 from yuanmoe.lm import LanguageModel
 from yuanmoe.text.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
 """What a Yuan model is: its sizes, its router, its filtering, as one frozen object, and the released models as presets.
 
 Sources: arXiv 2311.15786 (Yuan 2.0, LFA) and arXiv 2405.17976 (Yuan 2.0-M32, Attention Router).
-Field names are the Hugging Face ecosystem's; Yuan's own keys are translated in `checkpoint/mapping.py`.
+Field names are the Hugging Face ecosystem's; Yuan's own keys are translated in `checkpoint/formats/mapping.py`.
 Not here: tensors (no torch), files, training hyper-parameters.
 """
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from yuanmoe.checkpoint.adapter import Adapter, attach_adapter, check_source, open_adapter
+from yuanmoe.checkpoint.adapters.adapter import Adapter, attach_adapter, check_source, open_adapter
+from yuanmoe.checkpoint.formats.native_config import parse_dtype, parse_kv_dtype
 from yuanmoe.checkpoint.load import model_of, usable_device
-from yuanmoe.checkpoint.native_config import parse_dtype, parse_kv_dtype
-from yuanmoe.checkpoint.store import Source, open_checkpoint
+from yuanmoe.checkpoint.open import Source, open_checkpoint
 from yuanmoe.config import ModelConfig
 from yuanmoe.engine.generate import FinishReason, Generation, Timing, Token, TokenRouting
 from yuanmoe.engine.sampling import SamplingParams

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from small_lm import write_lm
-from yuanmoe.checkpoint.packed_weight import policy
-from yuanmoe.checkpoint.quantize import quantize
+from yuanmoe.checkpoint.formats.packed_weight import policy
+from yuanmoe.checkpoint.quantize.quantize import quantize
 from yuanmoe.cli.main import main
 from yuanmoe.config import preset
 from yuanmoe.errors import ResourceError

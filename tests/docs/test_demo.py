@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import yuanmoe
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.storage.run_folder import read_metrics
 
 SMALL = ("--corpus-size", "400KB")

@@ -8,7 +8,7 @@ import pytest
 
 from small_lm import write_lm
 from yuanmoe import load
-from yuanmoe.checkpoint import quantize as quantizing
+from yuanmoe.checkpoint.quantize import quantize as quantizing
 from yuanmoe.cli.main import main
 from yuanmoe.studies import quality
 

@@ -12,7 +12,7 @@ import pytest
 
 import yuanmoe
 from small_runs import TINY, arguments, write_tokens
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.cli import main
 from yuanmoe.evals.run_page import Series, chart, run_page
 from yuanmoe.storage.run_folder import RECIPE, SAMPLES, read_lines, read_metrics

@@ -18,11 +18,11 @@ from checkpoint_writers import (
     write_safetensors,
 )
 from small_models import small_config
+from yuanmoe.checkpoint.files.safetensors_file import open_safetensors
+from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.load import load_model, load_state
-from yuanmoe.checkpoint.mapping import layout
-from yuanmoe.checkpoint.safetensors_file import open_safetensors
-from yuanmoe.checkpoint.save import save_native
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.config import preset
 from yuanmoe.errors import CheckpointError, ConfigError, ResourceError, UsageError
 

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from checkpoint_writers import memory_folder, official_json, official_state, random_state, write_bin
 from small_models import small_config
-from yuanmoe.checkpoint.convert import convert
-from yuanmoe.checkpoint.save import save_native
-from yuanmoe.checkpoint.store import open_checkpoint
-from yuanmoe.checkpoint.verify import verify
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.write.convert import convert
+from yuanmoe.checkpoint.write.save import save_native
+from yuanmoe.checkpoint.write.verify import verify
 from yuanmoe.cli.main import app
 from yuanmoe.errors import CheckpointError, ConfigError, ResourceError, UsageError
 from yuanmoe.storage import folder as folders
@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 KILLED = """
 import hashlib, json, os, shutil, signal, sys
 from pathlib import Path
-from yuanmoe.checkpoint.convert import convert
+from yuanmoe.checkpoint.write.convert import convert
 
 src, folder, older = map(Path, sys.argv[1:])
 
@@ -199,8 +199,8 @@ import json, re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from yuanmoe.checkpoint.convert import convert
-from yuanmoe.checkpoint.native_config import parse_dtype
+from yuanmoe.checkpoint.write.convert import convert
+from yuanmoe.checkpoint.formats.native_config import parse_dtype
 
 def status(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -12,9 +12,9 @@ from checkpoint_writers import (
     write_megatron,
 )
 from small_models import small_config
-from yuanmoe.checkpoint.gptq import packed_tensors
-from yuanmoe.checkpoint.lazy import TensorView
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.files.lazy import TensorView
+from yuanmoe.checkpoint.formats.gptq import packed_tensors
+from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.errors import CheckpointError
 
 CONFIG = small_config(hidden_size=12, head_dim=12, intermediate_size=0, tie_word_embeddings=False)

@@ -15,9 +15,9 @@ from small_adapters import adapted, settings
 from small_lm import write_lm
 from small_models import random_model, small_config
 from small_runs import FIELDS_OF_TIME, write_tokens
-from yuanmoe.checkpoint.adapter import attach_adapter, open_adapter, save_adapter
-from yuanmoe.checkpoint.quantize import quantize
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.adapters.adapter import attach_adapter, open_adapter, save_adapter
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.quantize.quantize import quantize
 from yuanmoe.cli import training
 from yuanmoe.cli.main import main
 from yuanmoe.errors import CheckpointError, ConfigError

@@ -19,8 +19,8 @@ from checkpoint_writers import (
     write_megatron,
 )
 from small_models import small_config
-from yuanmoe.checkpoint.pickle_file import open_pickle, read_pickle
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.files.pickle_file import open_pickle, read_pickle
+from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.errors import CheckpointError, UnsafePickleError
 
 CONFIG = small_config(hidden_size=12, head_dim=12, intermediate_size=0, tie_word_embeddings=False)

@@ -16,13 +16,13 @@ import torch
 from checkpoint_writers import memory_folder, official_json, official_state, write_bin
 from small_models import random_ids, random_model, small_config
 from yuanmoe.checkpoint import load
+from yuanmoe.checkpoint.files.mapped import MappedBytes
+from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.mapped import MappedBytes
-from yuanmoe.checkpoint.mapping import layout
-from yuanmoe.checkpoint.quantize import quantize
-from yuanmoe.checkpoint.save import save_native
-from yuanmoe.checkpoint.store import open_checkpoint
-from yuanmoe.checkpoint.verify import verify
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.write.save import save_native
+from yuanmoe.checkpoint.write.verify import verify
 from yuanmoe.errors import CheckpointError, ConfigError, ResourceError, UsageError
 
 CONFIG = small_config(hidden_size=64, head_dim=64, intermediate_size=0, moe_intermediate_size=32)
@@ -50,7 +50,7 @@ KILLED = """
 import hashlib, json, os, random, signal, sys
 from pathlib import Path
 import torch
-from yuanmoe.checkpoint.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize
 
 src, folder, method, deaths = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 torch.set_num_threads(1 if method == "gptq" else 2)
@@ -166,7 +166,7 @@ import json, re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from yuanmoe.checkpoint.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize
 
 def status(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

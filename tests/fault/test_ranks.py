@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from small_runs import FIELDS_OF_TIME, arguments, write_tokens
-from yuanmoe.checkpoint.verify import verify
+from yuanmoe.checkpoint.write.verify import verify
 from yuanmoe.storage.run_folder import read_metrics
 from yuanmoe.train.checkpoint import newest, steps
 

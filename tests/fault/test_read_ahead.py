@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from small_models import random_model, small_config
-from yuanmoe.checkpoint.save import save_native
+from yuanmoe.checkpoint.write.save import save_native
 
 # Pages one by one, and slow ones: a big file on a slow disk.
 PROGRAM = """
 import sys, time, torch
-from yuanmoe.checkpoint import mapped
+from yuanmoe.checkpoint.files import mapped
 from yuanmoe.checkpoint.load import load_model
 
 mapped._PAGES_AT_ONCE = 1

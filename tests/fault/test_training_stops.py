@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from small_runs import BATCH, LENGTH, TINY, arguments, batches, recipe, training, write_tokens
 from small_tokenizers import bpe
-from yuanmoe.checkpoint import writer
-from yuanmoe.checkpoint.native_config import Origin
+from yuanmoe.checkpoint.formats.native_config import Origin
+from yuanmoe.checkpoint.write import writer
 from yuanmoe.cli import main, training_view
 from yuanmoe.cli.training import Job, run_training
 from yuanmoe.config import preset

@@ -13,7 +13,7 @@ import torch
 from small_lm import lm_config, small_lm, write_lm
 from small_models import random_model
 from small_tokenizers import bpe
-from yuanmoe.checkpoint.save import save_native, save_official
+from yuanmoe.checkpoint.write.save import save_native, save_official
 from yuanmoe.cli.main import main
 from yuanmoe.config import ModelConfig
 from yuanmoe.engine import score as score_file

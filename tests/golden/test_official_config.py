@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from yuanmoe.checkpoint.official_config import official_config, official_fields
+from yuanmoe.checkpoint.formats.official_config import official_config, official_fields
 from yuanmoe.config import ModelConfig, preset
 
 M32 = {

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from small_models import random_model, small_config
-from yuanmoe.checkpoint.quantize import quantize
-from yuanmoe.checkpoint.save import save_native
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.studies.quality import quality
 
 CONFIG = small_config(

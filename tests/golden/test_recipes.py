@@ -5,7 +5,7 @@ import math
 import pytest
 
 from small_runs import recipe
-from yuanmoe.checkpoint.adapter import active_parameters, matrices
+from yuanmoe.checkpoint.adapters.adapter import active_parameters, matrices
 from yuanmoe.config import preset
 from yuanmoe.errors import ConfigError, UsageError
 from yuanmoe.model.lora.targets import num_parameters, targets

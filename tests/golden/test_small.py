@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import yuanmoe
-from yuanmoe.checkpoint.store import open_checkpoint
-from yuanmoe.checkpoint.verify import verify
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.write.verify import verify
 from yuanmoe.cli.main import main
 from yuanmoe.errors import CheckpointError
 from yuanmoe.plan import cost

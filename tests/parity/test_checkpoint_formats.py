@@ -20,13 +20,13 @@ from checkpoint_writers import (
     write_safetensors,
 )
 from small_models import small_config
-from yuanmoe.checkpoint.convert import convert
-from yuanmoe.checkpoint.gptq import PackedTensor, packed_tensors
-from yuanmoe.checkpoint.lazy import TensorView
+from yuanmoe.checkpoint.files.lazy import TensorView
+from yuanmoe.checkpoint.formats.gptq import PackedTensor, packed_tensors
+from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.load import load_model, load_state
-from yuanmoe.checkpoint.mapping import layout
-from yuanmoe.checkpoint.save import save_native, save_official
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.write.convert import convert
+from yuanmoe.checkpoint.write.save import save_native, save_official
 from yuanmoe.config import PRESETS, preset
 
 MOE = small_config(tie_word_embeddings=False, intermediate_size=0)

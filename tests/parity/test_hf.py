@@ -26,9 +26,9 @@ from checkpoint_writers import (
     write_safetensors,
 )
 from small_models import VARIANTS, random_ids, small_config
-from yuanmoe.checkpoint.mapping import layout
-from yuanmoe.checkpoint.official_config import official_config
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.formats.mapping import layout
+from yuanmoe.checkpoint.formats.official_config import official_config
+from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.errors import CheckpointError, ConfigError, MissingExtraError
 from yuanmoe.hf import YuanConfig, YuanForCausalLM
 from yuanmoe.model.decoder import YuanForCausalLM as NativeModel

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from checkpoint_writers import random_state
 from small_models import random_ids, small_config
-from yuanmoe.checkpoint.official_config import official_config
+from yuanmoe.checkpoint.formats.official_config import official_config
 from yuanmoe.errors import UsageError
 from yuanmoe.hf import YuanConfig, YuanForCausalLM
 from yuanmoe.model.decoder import YuanForCausalLM as NativeModel

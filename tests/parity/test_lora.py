@@ -8,12 +8,12 @@ import torch
 
 from small_adapters import adapted, factors, settings
 from small_models import VARIANTS, random_ids, random_model, small_config
-from yuanmoe.checkpoint.adapter import Adapter, attach_adapter, base_of, matrices, open_adapter, save_adapter
+from yuanmoe.checkpoint.adapters.adapter import Adapter, attach_adapter, base_of, matrices, open_adapter, save_adapter
+from yuanmoe.checkpoint.adapters.merge import merge
+from yuanmoe.checkpoint.adapters.peft import CONFIG, export_peft
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.merge import merge
-from yuanmoe.checkpoint.peft import CONFIG, export_peft
-from yuanmoe.checkpoint.quantize import quantize
-from yuanmoe.checkpoint.save import save_native, save_official
+from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.write.save import save_native, save_official
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.lora.attach import attach, attached, detach
 from yuanmoe.model.lora.targets import ROLES, ROUTER, role_of

@@ -7,9 +7,9 @@ import torch
 
 from small_models import random_ids, random_model, small_config
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.quantize import quantize
-from yuanmoe.checkpoint.save import save_native
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.errors import CheckpointError, UsageError
 from yuanmoe.evals.reading import losses
 from yuanmoe.studies.quality import Reading, compare, quality, read_loaded, read_streamed

@@ -8,14 +8,14 @@ import torch
 
 from checkpoint_writers import official_json, official_state, write_bin, write_gptq, write_megatron, write_safetensors
 from small_models import random_ids, random_model, small_config
-from yuanmoe.checkpoint.encoding import Noise
-from yuanmoe.checkpoint.gptq import PackedTensor
+from yuanmoe.checkpoint.formats.gptq import PackedTensor
+from yuanmoe.checkpoint.formats.packed_weight import PackedWeight
 from yuanmoe.checkpoint.load import load_model, load_state
-from yuanmoe.checkpoint.packed_weight import PackedWeight
-from yuanmoe.checkpoint.quantization_report import decibels
-from yuanmoe.checkpoint.quantize import quantize
-from yuanmoe.checkpoint.save import save_native
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.quantize.encoding import Noise
+from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.report import decibels
+from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import UsageError

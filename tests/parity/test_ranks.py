@@ -8,8 +8,8 @@ import torch
 from ranked_runs import embedding_after, run, scores_in_use
 from ranks import on_ranks
 from small_runs import BATCH, LENGTH, recipe
-from yuanmoe.checkpoint.store import open_checkpoint
-from yuanmoe.checkpoint.verify import verify
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.write.verify import verify
 from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.lora.targets import LoraSettings

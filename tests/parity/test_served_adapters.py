@@ -11,8 +11,8 @@ import pytest
 import small_adapters
 from serving import serving
 from small_lm import small_lm, write_lm
-from yuanmoe.checkpoint.adapter import Adapter, base_of, open_adapter, save_adapter
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.adapters.adapter import Adapter, base_of, open_adapter, save_adapter
+from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.cli.main import main
 from yuanmoe.errors import CheckpointError, ResourceError, UsageError
 from yuanmoe.serve.adapters import check_room, read_adapters

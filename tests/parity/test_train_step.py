@@ -7,8 +7,8 @@ import torch
 
 from small_models import random_ids, random_model, small_config
 from small_runs import BATCH, LENGTH, batches, recipe, training, whole_batch
-from yuanmoe.checkpoint.save import save_native, save_official
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.write.save import save_native, save_official
 from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.router import AttentionRouter, LinearRouter, choose

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from small_models import VARIANTS, random_model, small_config
-from yuanmoe.checkpoint.packed_weight import policy
+from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.fast.whole_pass import AT_ONCE_TOKENS, WholePass

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from checkpoint_writers import memory_folder
-from yuanmoe.checkpoint.pickle_file import MEGATRON_NAMES, open_pickle, read_pickle
-from yuanmoe.checkpoint.safetensors_file import open_safetensors
+from yuanmoe.checkpoint.files.pickle_file import MEGATRON_NAMES, open_pickle, read_pickle
+from yuanmoe.checkpoint.files.safetensors_file import open_safetensors
 from yuanmoe.errors import CheckpointError
 
 STATE = {"a.weight": torch.ones(4, 6), "b.weight": torch.ones(6, 4).T, "c.bias": torch.ones(3, dtype=torch.bfloat16)}

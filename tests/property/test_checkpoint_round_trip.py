@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from checkpoint_writers import EMBEDDING, HEAD, memory_folder, official_json, official_state, random_state, write_bin
 from small_models import configs, small_config
-from yuanmoe.checkpoint.lazy import ComposedTensor, Part, TensorView
+from yuanmoe.checkpoint.files.lazy import ComposedTensor, Part, TensorView
+from yuanmoe.checkpoint.formats.mapping import layout, to_native, to_official
+from yuanmoe.checkpoint.formats.official_config import official_config, official_fields
 from yuanmoe.checkpoint.load import load_state
-from yuanmoe.checkpoint.mapping import layout, to_native, to_official
-from yuanmoe.checkpoint.official_config import official_config, official_fields
-from yuanmoe.checkpoint.save import save_native, save_official
-from yuanmoe.checkpoint.store import open_checkpoint
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.write.save import save_native, save_official
 from yuanmoe.config import PRESETS, ModelConfig, preset
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from engine_runs import NATIVE_PAGE, check, check_all, ids, random_requests, request, run
 from small_models import VARIANTS, random_ids, random_model, small_config
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.quantize import quantize
-from yuanmoe.checkpoint.save import save_native
+from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine import load
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.score import score

@@ -14,8 +14,8 @@ import yuanmoe
 from small_lm import lm_config, small_lm, write_lm
 from small_models import random_model
 from small_tokenizers import bpe
-from yuanmoe.checkpoint.convert import convert
 from yuanmoe.checkpoint.load import usable_device
+from yuanmoe.checkpoint.write.convert import convert
 from yuanmoe.errors import CheckpointError, ConfigError, ContextLengthError, TokenizerError, UsageError
 from yuanmoe.lm import LanguageModel
 from yuanmoe.text.detokenize import StreamingDetokenizer

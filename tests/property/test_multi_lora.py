@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import small_adapters
 from engine_runs import NATIVE_PAGE, check_all, ids, random_requests, request, run
 from small_models import VARIANTS, random_ids, random_model, small_config
-from yuanmoe.checkpoint.adapter import Adapter, base_of
+from yuanmoe.checkpoint.adapters.adapter import Adapter, base_of
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.quantize import quantize
-from yuanmoe.checkpoint.save import save_native
+from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.engine import Engine
 from yuanmoe.errors import UsageError
 from yuanmoe.model.lora.attach import attach, attached, detach

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from checkpoint_writers import memory_folder
 from small_models import VARIANTS, feed, random_ids, random_model, small_config
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.quantize import quantize
-from yuanmoe.checkpoint.save import save_native
+from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.model.quantized.build import QuantizedYuan

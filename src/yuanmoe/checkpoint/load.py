@@ -3,7 +3,7 @@
 A native checkpoint in its own dtype on the CPU, quantized or not, is not copied: its tensors are private copy-on-write
 maps of the files, whose memory processes share. Anything else is copied block by block, after it was checked that it
 fits.
-Not here: formats (`store.py`).
+Not here: formats (`open.py`).
 """
 
 import warnings
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from yuanmoe.checkpoint.lazy import LazyTensor, cast
-from yuanmoe.checkpoint.mapped import MappedBytes
-from yuanmoe.checkpoint.mapping import layout
-from yuanmoe.checkpoint.native_config import dtype_name
-from yuanmoe.checkpoint.packed_weight import PackedWeight
-from yuanmoe.checkpoint.store import Source, open_checkpoint
+from yuanmoe.checkpoint.files.lazy import LazyTensor, cast
+from yuanmoe.checkpoint.files.mapped import MappedBytes
+from yuanmoe.checkpoint.formats.mapping import layout
+from yuanmoe.checkpoint.formats.native_config import dtype_name
+from yuanmoe.checkpoint.formats.packed_weight import PackedWeight
+from yuanmoe.checkpoint.open import Source, open_checkpoint
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.quantized.build import quantized_model

@@ -47,8 +47,8 @@ def layers(
     """
     import torch
 
+    from yuanmoe.checkpoint.formats.native_config import parse_dtype
     from yuanmoe.checkpoint.load import usable_device
-    from yuanmoe.checkpoint.native_config import parse_dtype
     from yuanmoe.config import preset as named
     from yuanmoe.plan.device.machine import measure_bandwidth
     from yuanmoe.studies.layers import compare_layers
@@ -103,7 +103,7 @@ def decode(
     """
     import torch
 
-    from yuanmoe.checkpoint.packed_weight import quantization_record
+    from yuanmoe.checkpoint.formats.packed_weight import quantization_record
     from yuanmoe.ops import native
     from yuanmoe.plan.device.machine import read_machine
     from yuanmoe.studies.decode import Load, beside_torch, measure_decode
@@ -159,7 +159,7 @@ class _Subject:
 
 def _checkpoint(path: Path) -> _Subject:
     from yuanmoe.checkpoint.load import load_model
-    from yuanmoe.checkpoint.store import open_checkpoint
+    from yuanmoe.checkpoint.open import open_checkpoint
 
     source = open_checkpoint(path)
     if source.precision is None:
@@ -168,7 +168,7 @@ def _checkpoint(path: Path) -> _Subject:
 
 
 def _synthetic(name: str, bits: int, layers: int | None, load: "Load") -> _Subject:
-    from yuanmoe.checkpoint.packed_weight import policy
+    from yuanmoe.checkpoint.formats.packed_weight import policy
     from yuanmoe.config import preset as named
     from yuanmoe.studies.decode import check_load
     from yuanmoe.studies.synthetic import synthetic_model

@@ -147,7 +147,7 @@ def _tokens_line(found: dict[str, Any]) -> str:
 def make_model(folder: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     """model/: trained on the tokens and saved in the official layout with its tokenizer; run/: how that went."""
     # Torch takes seconds to import: too long for those before it, and for `--help`.
-    from yuanmoe.checkpoint.save import save_official
+    from yuanmoe.checkpoint.write.save import save_official
     from yuanmoe.cli.training import Job, run_training
     from yuanmoe.train.data import open_data
     from yuanmoe.train.start import new_model

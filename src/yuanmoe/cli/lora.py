@@ -27,7 +27,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST, once 
 @adapter.command()
 def show(source: Source) -> None:
     """What it adapts, with how many parameters, and which base it belongs to."""
-    from yuanmoe.checkpoint.adapter import adapted_shapes, open_adapter
+    from yuanmoe.checkpoint.adapters.adapter import adapted_shapes, open_adapter
 
     opened = open_adapter(source)
     shapes = adapted_shapes(opened)
@@ -56,7 +56,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the base with the adapter in its weights. Interrupted, it goes on where it was when called again."""
-    from yuanmoe.checkpoint.merge import merge as merge_adapter
+    from yuanmoe.checkpoint.adapters.merge import merge as merge_adapter
 
     console = people()
     with bytes_progress(f"{model.name} + {source.name} -> {dst.name}") as progress:
@@ -70,8 +70,8 @@ def merge(
 @adapter.command("export-peft")
 def export_peft(source: Source, dst: Target, overwrite: Overwrite = False) -> None:
     """Write it in PEFT's format, for PEFT over `yuanmoe.hf`; experts and routers become target_parameters."""
-    from yuanmoe.checkpoint.adapter import open_adapter
-    from yuanmoe.checkpoint.peft import export_peft as export
+    from yuanmoe.checkpoint.adapters.adapter import open_adapter
+    from yuanmoe.checkpoint.adapters.peft import export_peft as export
 
     path = export(open_adapter(source), dst, overwrite=overwrite)
     people().print(f"{dst}: load it with peft.PeftModel.from_pretrained over yuanmoe.hf.YuanForCausalLM")
@@ -80,7 +80,7 @@ def export_peft(source: Source, dst: Target, overwrite: Overwrite = False) -> No
 
 def num_adapted(config: ModelConfig, settings: LoraSettings) -> int:
     """What learns in a model of that configuration."""
-    from yuanmoe.checkpoint.adapter import matrices
+    from yuanmoe.checkpoint.adapters.adapter import matrices
 
     shapes = targets(matrices(config), settings)
     return sum(num_parameters(shape, settings.rank) for shape in shapes.values())
@@ -88,7 +88,7 @@ def num_adapted(config: ModelConfig, settings: LoraSettings) -> int:
 
 def print_adapted(console: Console, config: ModelConfig, settings: LoraSettings) -> None:
     """What is attached to a model, and what share of it learns."""
-    from yuanmoe.checkpoint.adapter import matrices
+    from yuanmoe.checkpoint.adapters.adapter import matrices
 
     _print_table(console, targets(matrices(config), settings), settings)
     learned, whole = num_adapted(config, settings), sum(cost.parameters(config).values())

@@ -100,7 +100,7 @@ def read_model(model: str) -> tuple[str, ModelConfig, cost.Precision | None]:
     directory = Path(model)
     if directory.is_dir():
         # Checkpoints know torch's dtypes, and importing torch takes seconds; a preset needs none of it.
-        from yuanmoe.checkpoint.store import read_config
+        from yuanmoe.checkpoint.open import read_config
 
         return directory.resolve().name, *read_config(directory)
     name = ALIASES.get(model.lower(), model.lower())

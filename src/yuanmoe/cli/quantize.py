@@ -21,7 +21,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from yuanmoe.checkpoint.quantize import Job, Quantized
+    from yuanmoe.checkpoint.quantize.quantize import Job, Quantized
 
 CALIBRATION_TOKENS = 32_768
 """By default: 2,048 for each of M32's experts, and 0.8 GiB of activations."""
@@ -115,7 +115,7 @@ def _tokens(src: Path, file: Path | None, limit: int) -> list[int]:
 
 def _prepare(src: Path, dst: Path, **settings: Any) -> "Job":
     """What is wrong is said before anything is spent."""
-    from yuanmoe.checkpoint.quantize import prepare
+    from yuanmoe.checkpoint.quantize.quantize import prepare
     from yuanmoe.storage.folder import check_apart
 
     check_apart(src, dst)
@@ -124,7 +124,7 @@ def _prepare(src: Path, dst: Path, **settings: Any) -> "Job":
 
 
 def _write(console: Console, job: "Job", dst: Path, **options: Any) -> "Quantized":
-    from yuanmoe.checkpoint.quantize import run
+    from yuanmoe.checkpoint.quantize.quantize import run
 
     try:
         with bytes_progress(f"{job.source.path.name} -> {dst.name}") as progress:
@@ -143,7 +143,7 @@ def _write(console: Console, job: "Job", dst: Path, **options: Any) -> "Quantize
 
 def _evaluate(console: Console, job: "Job", dst: Path, file: Path, ids: Sequence[int], report: dict[str, Any]) -> None:
     """Compare both models on a text, show it, and add it to the report beside the weights."""
-    from yuanmoe.checkpoint.quantization_report import REPORT
+    from yuanmoe.checkpoint.quantize.report import REPORT
     from yuanmoe.storage.folder import write_synced
     from yuanmoe.storage.json_file import json_text
     from yuanmoe.studies.quality import quality

@@ -16,7 +16,7 @@ from yuanmoe.plan.device.planner import Load, memory
 from yuanmoe.units import format_size
 
 if TYPE_CHECKING:
-    from yuanmoe.checkpoint.quantize import Job
+    from yuanmoe.checkpoint.quantize.quantize import Job
 
 CONTEXT = 2048
 """Tokens of the context for which it is said whether the result fits into memory."""
@@ -24,7 +24,7 @@ CONTEXT = 2048
 
 def show_plan(console: Console, job: "Job", dst: Path, eval_ids: Sequence[int]) -> None:
     """Bytes by role, and whether disk and memory suffice."""
-    from yuanmoe.checkpoint.quantization_report import sizes, total
+    from yuanmoe.checkpoint.quantize.report import sizes, total
 
     source, by_role = job.source, sizes(job.source, job.formats)
     whole = total(by_role)

@@ -23,7 +23,7 @@ from yuanmoe.units import GIB, format_size, parse_size
 MOST_STEP_TOKENS = 512
 
 if TYPE_CHECKING:
-    from yuanmoe.checkpoint.adapter import Adapter
+    from yuanmoe.checkpoint.adapters.adapter import Adapter
     from yuanmoe.lm import LanguageModel
     from yuanmoe.serve.app import Access
     from yuanmoe.serve.launch import Launched

@@ -27,7 +27,7 @@ from yuanmoe.units import format_count, format_size
 if TYPE_CHECKING:
     import torch
 
-    from yuanmoe.checkpoint.store import Source
+    from yuanmoe.checkpoint.open import Source
     from yuanmoe.cli.training import Job
     from yuanmoe.train.data import TrainingData
     from yuanmoe.train.ranks import Ranks
@@ -138,7 +138,7 @@ class _Place:
 def _open(init: Path | None) -> "Source | None":
     if init is None:
         return None
-    from yuanmoe.checkpoint.store import open_checkpoint
+    from yuanmoe.checkpoint.open import open_checkpoint
 
     return open_checkpoint(init)
 
@@ -194,7 +194,7 @@ def _job(
     console: Console,
 ) -> "Job":
     """The run, with the model that it begins or goes on with."""
-    from yuanmoe.checkpoint.native_config import Origin
+    from yuanmoe.checkpoint.formats.native_config import Origin
     from yuanmoe.cli.lora import print_adapted
     from yuanmoe.cli.training import Job
     from yuanmoe.train.adapt import adapted_model

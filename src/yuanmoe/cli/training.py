@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from yuanmoe.checkpoint.adapter import Base, adapter_of
-from yuanmoe.checkpoint.native_config import Origin, parse_dtype
+from yuanmoe.checkpoint.adapters.adapter import Base, adapter_of
+from yuanmoe.checkpoint.formats.native_config import Origin, parse_dtype
 from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.probe import matmul_rate
 from yuanmoe.cli.training_view import TrainingView

@@ -1,13 +1,13 @@
 """The official config.json as transformers sees it: every official key is an attribute and is written back as it was.
 
-`checkpoint/official_config.py` alone knows what the keys mean; `YuanConfig.to_native` asks it.
+`checkpoint/formats/official_config.py` alone knows what the keys mean; `YuanConfig.to_native` asks it.
 """
 
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from yuanmoe.checkpoint.official_config import official_fields
+from yuanmoe.checkpoint.formats.official_config import official_fields
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ConfigError
 

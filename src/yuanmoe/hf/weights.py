@@ -1,9 +1,9 @@
 """Official tensor names and shapes to our modules at load, and back at save, as transformers' weight conversions.
 
 Nothing of the layout is written down here: which tensors belong together, and under which names, is read off
-`checkpoint/mapping.py` for one layer of each kind, and each conversion asks it again for the numbers of the model at
-hand. So transformers reads the files (shards, safetensors or `.bin`, any device map, any dtype), and the table stays in
-one place.
+`checkpoint/formats/mapping.py` for one layer of each kind, and each conversion asks it again for the numbers of the
+model at hand. So transformers reads the files (shards, safetensors or `.bin`, any device map, any dtype), and the
+table stays in one place.
 The conversions are registered for our class names, not for the model type "yuan": PEFT takes a conversion of a model
 type to mean that old adapters fit other modules now, and would rewrite LoRA targets.
 Not here: files, which transformers reads and writes.
@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from yuanmoe.checkpoint.lazy import TensorView
-from yuanmoe.checkpoint.mapping import Layout, layout, to_native, to_official
+from yuanmoe.checkpoint.files.lazy import TensorView
+from yuanmoe.checkpoint.formats.mapping import Layout, layout, to_native, to_official
 from yuanmoe.config import ModelConfig, preset
 from yuanmoe.errors import CheckpointError
 

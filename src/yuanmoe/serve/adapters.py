@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from yuanmoe.checkpoint.adapter import Adapter, active_parameters, check_source, described, open_adapter
-from yuanmoe.checkpoint.store import Source
+from yuanmoe.checkpoint.adapters.adapter import Adapter, active_parameters, check_source, described, open_adapter
+from yuanmoe.checkpoint.open import Source
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.units import format_size

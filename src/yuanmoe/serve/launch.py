@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from yuanmoe import __version__
-from yuanmoe.checkpoint.adapter import Adapter
+from yuanmoe.checkpoint.adapters.adapter import Adapter
 from yuanmoe.config import ModelConfig
 from yuanmoe.engine.engine import Engine
 from yuanmoe.errors import UsageError

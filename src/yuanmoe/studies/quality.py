@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD
-from yuanmoe.checkpoint.store import Source
-from yuanmoe.checkpoint.streamed import attend, embed, open_layer
+from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.quantize.streamed import attend, embed, open_layer
 from yuanmoe.engine.score import HEAD_TOKENS
 from yuanmoe.errors import CheckpointError
 from yuanmoe.evals.reading import progress, windows

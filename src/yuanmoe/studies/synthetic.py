@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.packed_weight import packed_formats
+from yuanmoe.checkpoint.formats.packed_weight import packed_formats
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.quantized.build import QuantizedYuan, quantized_model
 from yuanmoe.ops.quantize.groupwise import PackedTensor

@@ -1,7 +1,8 @@
 """The model that a run of LoRA adapts: a frozen base in any precision, with factors beside it that learn.
 
 The base is mapped where its files are what memory needs, and never saved; what learns are float32 factors, whatever
-the base computes in. Not here: where factors go (`model/lora/attach.py`), their files (`checkpoint/adapter.py`).
+the base computes in. Not here: where factors go (`model/lora/attach.py`), their files
+(`checkpoint/adapters/adapter.py`).
 """
 
 import dataclasses
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from yuanmoe.checkpoint.adapter import Base, base_of, check_fits, matrices, open_adapter
+from yuanmoe.checkpoint.adapters.adapter import Base, base_of, check_fits, matrices, open_adapter
+from yuanmoe.checkpoint.formats.native_config import parse_dtype
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.native_config import parse_dtype
-from yuanmoe.checkpoint.store import Source
+from yuanmoe.checkpoint.open import Source
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.lora.attach import attach, new_factors
 from yuanmoe.model.lora.targets import targets

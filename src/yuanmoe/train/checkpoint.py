@@ -8,7 +8,7 @@
 | training-K-of-N.safetensors | the same in pieces, where N ranks hold them (`state.py`) |
 | training.json | step, time, schedule, the last steps, held-out losses, the recipe and what names the data |
 
-A run of LoRA holds its adapter there, as `checkpoint/adapter.py` writes it, and nothing of the base.
+A run of LoRA holds its adapter there, as `checkpoint/adapters/adapter.py` writes it, and nothing of the base.
 
 A save copies everything to memory and returns; a thread writes it beside, flushes it and renames it, and the next save
 waits for it. Of several ranks each writes its piece into `step-N.pieces`; when all are whole the leading rank writes
@@ -31,13 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint import adapter as adapters
-from yuanmoe.checkpoint.adapter import Adapter
-from yuanmoe.checkpoint.lazy import TensorView, main_dtype
-from yuanmoe.checkpoint.native_config import Origin, native_config
-from yuanmoe.checkpoint.safetensors_file import write_safetensors
-from yuanmoe.checkpoint.save import COMPANIONS
-from yuanmoe.checkpoint.writer import Contents, silent, write_checkpoint
+from yuanmoe.checkpoint.adapters import adapter as adapters
+from yuanmoe.checkpoint.adapters.adapter import Adapter
+from yuanmoe.checkpoint.files.lazy import TensorView, main_dtype
+from yuanmoe.checkpoint.files.safetensors_file import write_safetensors
+from yuanmoe.checkpoint.formats.native_config import Origin, native_config
+from yuanmoe.checkpoint.write.save import COMPANIONS
+from yuanmoe.checkpoint.write.writer import Contents, silent, write_checkpoint
 from yuanmoe.errors import CheckpointError, YuanError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.storage.folder import disk_errors

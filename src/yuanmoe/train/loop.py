@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.native_config import parse_dtype
+from yuanmoe.checkpoint.formats.native_config import parse_dtype
 from yuanmoe.data.loader import Batch
 from yuanmoe.errors import DataError
 from yuanmoe.model.decoder import YuanForCausalLM

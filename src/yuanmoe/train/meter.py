@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from yuanmoe.checkpoint.adapter import active_parameters
+from yuanmoe.checkpoint.adapters.adapter import active_parameters
 from yuanmoe.plan import cost
 from yuanmoe.train.loop import Progress
 from yuanmoe.train.recipe import Recipe

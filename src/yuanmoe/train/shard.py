@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from yuanmoe.checkpoint.mapping import layout
+from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
 from yuanmoe.model.experts import MixtureOfExperts
 from yuanmoe.train.expert_parallel import is_expert, shard_experts

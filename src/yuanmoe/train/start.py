@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from yuanmoe.checkpoint.formats.mapping import layout
+from yuanmoe.checkpoint.formats.native_config import parse_dtype
 from yuanmoe.checkpoint.load import load_state
-from yuanmoe.checkpoint.mapping import layout
-from yuanmoe.checkpoint.native_config import parse_dtype
-from yuanmoe.checkpoint.store import Source
+from yuanmoe.checkpoint.open import Source
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.lazy import LazyTensor
-from yuanmoe.checkpoint.safetensors_file import open_safetensors
+from yuanmoe.checkpoint.files.lazy import LazyTensor
+from yuanmoe.checkpoint.files.safetensors_file import open_safetensors
 from yuanmoe.errors import CheckpointError
 
 TENSORS = "training.safetensors"

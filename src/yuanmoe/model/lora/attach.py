@@ -2,8 +2,8 @@
 
 `attach` fills the places that the layers have for them (`low_rank.py`), `detach` empties them, so a model without an
 adapter computes what it did before there was one, bit for bit. Experts' factors are stacked like the experts, and run
-on the grouped path. Source: LoRA, arXiv 2106.09685. Not here: files, and which base they fit (`checkpoint/adapter.py`).
-Legend: R rank, O outputs, I inputs, E experts.
+on the grouped path. Source: LoRA, arXiv 2106.09685. Not here: files, and which base they fit
+(`checkpoint/adapters/adapter.py`). Legend: R rank, O outputs, I inputs, E experts.
 """
 
 import math

@@ -30,7 +30,7 @@ NOBODY = -1
 
 @runtime_checkable
 class Trained(Protocol):
-    """What is needed of an adapter; `checkpoint.adapter.Adapter` is one."""
+    """What is needed of an adapter; `checkpoint.adapters.adapter.Adapter` is one."""
 
     @property
     def settings(self) -> LoraSettings: ...

@@ -3,7 +3,7 @@
 Inputs are rounded one after the other, those of the largest energy first, and each error is made up for by the inputs
 that are still to come; how much each of them takes follows from the inverse of the inputs' second moments. Scales are
 searched beforehand on the weight as it is, in their final groups, so the order costs nothing when the weight is used.
-Not here: where the moments come from (`checkpoint/calibration.py`).
+Not here: where the moments come from (`checkpoint/quantize/calibration.py`).
 Legend: O outputs (rows), I inputs (columns), G groups of a row.
 """
 

@@ -13,10 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from yuanmoe.checkpoint.encoding import Encoder, Noise, measure
-from yuanmoe.checkpoint.lazy import LazyTensor
-from yuanmoe.checkpoint.store import Source
-from yuanmoe.checkpoint.streamed import TOKENS_AT_ONCE, StreamedExperts, attend, embed, open_layer, window_lengths
+from yuanmoe.checkpoint.files.lazy import LazyTensor
+from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.quantize.encoding import Encoder, Noise, measure
+from yuanmoe.checkpoint.quantize.streamed import (
+    TOKENS_AT_ONCE,
+    StreamedExperts,
+    attend,
+    embed,
+    open_layer,
+    window_lengths,
+)
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import DecoderLayer
 from yuanmoe.model.experts import DenseFeedForward, MixtureOfExperts

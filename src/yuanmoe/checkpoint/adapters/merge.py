@@ -11,13 +11,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.adapter import Adapter, adapted_shapes, check_source, open_adapter
-from yuanmoe.checkpoint.lazy import LazyTensor, main_dtype
-from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, layout
-from yuanmoe.checkpoint.native_config import native_config
-from yuanmoe.checkpoint.save import contents_of
-from yuanmoe.checkpoint.store import Source, open_checkpoint
-from yuanmoe.checkpoint.writer import WriteOptions, Written, write_checkpoint
+from yuanmoe.checkpoint.adapters.adapter import Adapter, adapted_shapes, check_source, open_adapter
+from yuanmoe.checkpoint.files.lazy import LazyTensor, main_dtype
+from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD, layout
+from yuanmoe.checkpoint.formats.native_config import native_config
+from yuanmoe.checkpoint.open import Source, open_checkpoint
+from yuanmoe.checkpoint.write.save import contents_of
+from yuanmoe.checkpoint.write.writer import WriteOptions, Written, write_checkpoint
 from yuanmoe.errors import UsageError
 from yuanmoe.model.lora.attach import A, B
 from yuanmoe.storage.folder import check_apart

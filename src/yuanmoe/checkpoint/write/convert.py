@@ -1,6 +1,6 @@
 """Turn a checkpoint of any format into our layout or into the official one, without ever holding it.
 
-Not here: the formats (`store.py`), writing and resuming (`writer.py`).
+Not here: the formats (`open.py`), writing and resuming (`writer.py`).
 """
 
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import Literal, Unpack, get_args
 
 import torch
 
-from yuanmoe.checkpoint.save import save_native, save_official
-from yuanmoe.checkpoint.store import open_checkpoint
-from yuanmoe.checkpoint.writer import WriteOptions, Written
+from yuanmoe.checkpoint.open import open_checkpoint
+from yuanmoe.checkpoint.write.save import save_native, save_official
+from yuanmoe.checkpoint.write.writer import WriteOptions, Written
 from yuanmoe.errors import UsageError
 from yuanmoe.storage.folder import check_apart
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import NamedTuple
 
-from yuanmoe.checkpoint.lazy import ComposedTensor, LazyTensor, Part
-from yuanmoe.checkpoint.native_config import WEIGHT_DTYPES
+from yuanmoe.checkpoint.files.lazy import ComposedTensor, LazyTensor, Part
+from yuanmoe.checkpoint.formats.native_config import WEIGHT_DTYPES
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError
 

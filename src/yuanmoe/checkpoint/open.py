@@ -21,15 +21,15 @@ from typing import Any, Literal
 
 import torch
 
-from yuanmoe.checkpoint.gptq import packed_tensors
-from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, Weights, main_dtype
-from yuanmoe.checkpoint.mapped import MappedBytes
-from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, check_tensors, layout, to_native
-from yuanmoe.checkpoint.megatron import is_megatron, megatron_fields, open_megatron
-from yuanmoe.checkpoint.native_config import ADAPTER_FORMAT, FORMAT, Origin, parse_dtype, read_native_config
-from yuanmoe.checkpoint.official_config import official_fields
-from yuanmoe.checkpoint.packed_weight import packed_formats, packed_weights, read_record
-from yuanmoe.checkpoint.shards import open_weights
+from yuanmoe.checkpoint.files.lazy import LazyTensor, StoredTensor, Weights, main_dtype
+from yuanmoe.checkpoint.files.mapped import MappedBytes
+from yuanmoe.checkpoint.files.shards import open_weights
+from yuanmoe.checkpoint.formats.gptq import packed_tensors
+from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD, check_tensors, layout, to_native
+from yuanmoe.checkpoint.formats.megatron import is_megatron, megatron_fields, open_megatron
+from yuanmoe.checkpoint.formats.native_config import ADAPTER_FORMAT, FORMAT, Origin, parse_dtype, read_native_config
+from yuanmoe.checkpoint.formats.official_config import official_fields
+from yuanmoe.checkpoint.formats.packed_weight import packed_formats, packed_weights, read_record
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, ConfigError, UsageError
 from yuanmoe.plan.cost import Precision

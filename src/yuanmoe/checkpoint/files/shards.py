@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from yuanmoe.checkpoint.lazy import LazyTensor, Weights
-from yuanmoe.checkpoint.mapped import MappedBytes
-from yuanmoe.checkpoint.pickle_file import open_pickle
-from yuanmoe.checkpoint.safetensors_file import open_safetensors
+from yuanmoe.checkpoint.files.lazy import LazyTensor, Weights
+from yuanmoe.checkpoint.files.mapped import MappedBytes
+from yuanmoe.checkpoint.files.pickle_file import open_pickle
+from yuanmoe.checkpoint.files.safetensors_file import open_safetensors
 from yuanmoe.errors import CheckpointError
 from yuanmoe.storage.json_file import read_json
 

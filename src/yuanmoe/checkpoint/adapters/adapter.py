@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.lazy import TensorView
-from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, layout
-from yuanmoe.checkpoint.native_config import ADAPTER_FORMAT
-from yuanmoe.checkpoint.safetensors_file import open_safetensors
-from yuanmoe.checkpoint.store import Source
-from yuanmoe.checkpoint.writer import Contents, Written, write_checkpoint
+from yuanmoe.checkpoint.files.lazy import TensorView
+from yuanmoe.checkpoint.files.safetensors_file import open_safetensors
+from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD, layout
+from yuanmoe.checkpoint.formats.native_config import ADAPTER_FORMAT
+from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.write.writer import Contents, Written, write_checkpoint
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, ConfigError
 from yuanmoe.model.decoder import YuanForCausalLM

@@ -3,7 +3,7 @@
 Sources: spec 3.2 and 3.3 (the released files), 1.5 (RoPE), 1.7 (packing). Absent keys have the defaults of the released
 configuration class, which are the sizes of 2B. What the official keys cannot say (another router, experts by layer, no
 LFA, a rotary share of its own) stands under one key of ours, `yuanmoe`, as fields of ModelConfig.
-Not here: tensors (`mapping.py`); whether the head is the embedding, which the tensors decide (`store.py`).
+Not here: tensors (`mapping.py`); whether the head is the embedding, which the tensors decide (`open.py`).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from yuanmoe.checkpoint.native_config import dtype_name
+from yuanmoe.checkpoint.formats.native_config import dtype_name
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ConfigError
 

@@ -4,7 +4,7 @@
 rows at a time, on all cores, so that memory stays bounded whatever their sizes; the first shard that is not finished is
 where an interrupted run goes on.
 Not here: the policy and the layout (`packed_weight.py`), rounding (`encoding.py`, `calibration.py`), writing
-(`writer.py`), what was lost (`quantization_report.py`, `studies/quality.py`).
+(`writer.py`), what was lost (`report.py`, `studies/quality.py`).
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from typing import Any, Literal, Unpack, get_args
 
 import torch
 
-from yuanmoe.checkpoint import gptq
-from yuanmoe.checkpoint.calibration import Calibrated, Calibration
-from yuanmoe.checkpoint.encoding import EncodedWeight, Encoder, Kept, Rounded, keeps
-from yuanmoe.checkpoint.lazy import LazyTensor, main_dtype
-from yuanmoe.checkpoint.mapping import layout
-from yuanmoe.checkpoint.native_config import native_config
-from yuanmoe.checkpoint.packed_weight import packed_formats, policy, quantization_record
-from yuanmoe.checkpoint.quantization_report import REPORT, read_report, report_of
-from yuanmoe.checkpoint.save import contents_of
-from yuanmoe.checkpoint.store import Source, open_checkpoint
-from yuanmoe.checkpoint.writer import WriteOptions, Written, write_checkpoint
+from yuanmoe.checkpoint.files.lazy import LazyTensor, main_dtype
+from yuanmoe.checkpoint.formats import gptq
+from yuanmoe.checkpoint.formats.mapping import layout
+from yuanmoe.checkpoint.formats.native_config import native_config
+from yuanmoe.checkpoint.formats.packed_weight import packed_formats, policy, quantization_record
+from yuanmoe.checkpoint.open import Source, open_checkpoint
+from yuanmoe.checkpoint.quantize.calibration import Calibrated, Calibration
+from yuanmoe.checkpoint.quantize.encoding import EncodedWeight, Encoder, Kept, Rounded, keeps
+from yuanmoe.checkpoint.quantize.report import REPORT, read_report, report_of
+from yuanmoe.checkpoint.write.save import contents_of
+from yuanmoe.checkpoint.write.writer import WriteOptions, Written, write_checkpoint
 from yuanmoe.errors import UsageError
 from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.plan.cost import Precision
@@ -74,7 +74,7 @@ class Quantized:
     written: Written | None
     """None where the same command had written all of it before."""
     report: dict[str, Any]
-    """The content of `quantization.json`, see `quantization_report.py`."""
+    """The content of `quantization.json`, see `report.py`."""
 
 
 def quantize(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.lazy import LazyTensor
+from yuanmoe.checkpoint.files.lazy import LazyTensor
 from yuanmoe.errors import CheckpointError
 
 _ROWS = 2048

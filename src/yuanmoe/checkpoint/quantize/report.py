@@ -14,9 +14,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from yuanmoe.checkpoint.encoding import Noise
-from yuanmoe.checkpoint.packed_weight import WHOLE, role_of
-from yuanmoe.checkpoint.store import Source
+from yuanmoe.checkpoint.formats.packed_weight import WHOLE, role_of
+from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.quantize.encoding import Noise
 from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.plan.cost import ROLES, Role
 from yuanmoe.storage.json_file import read_json

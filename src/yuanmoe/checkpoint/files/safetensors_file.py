@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, Weights
-from yuanmoe.checkpoint.mapped import MappedBytes
+from yuanmoe.checkpoint.files.lazy import LazyTensor, StoredTensor, Weights
+from yuanmoe.checkpoint.files.mapped import MappedBytes
 from yuanmoe.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {

@@ -11,12 +11,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.lazy import LazyTensor, TensorView, cast, main_dtype
-from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, check_tensors, layout, to_official
-from yuanmoe.checkpoint.native_config import Origin, native_config
-from yuanmoe.checkpoint.official_config import official_config
-from yuanmoe.checkpoint.store import Source
-from yuanmoe.checkpoint.writer import Contents, Extras, Facts, WriteOptions, Written, nothing, write_checkpoint
+from yuanmoe.checkpoint.files.lazy import LazyTensor, TensorView, cast, main_dtype
+from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD, check_tensors, layout, to_official
+from yuanmoe.checkpoint.formats.native_config import Origin, native_config
+from yuanmoe.checkpoint.formats.official_config import official_config
+from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.write.writer import Contents, Extras, Facts, WriteOptions, Written, nothing, write_checkpoint
 from yuanmoe.config import ModelConfig
 
 Weights = Source | Mapping[str, Tensor]

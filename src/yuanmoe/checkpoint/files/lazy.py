@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.mapped import MappedBytes
+from yuanmoe.checkpoint.files.mapped import MappedBytes
 from yuanmoe.errors import CheckpointError
 
 BLOCK_BYTES = 64 << 20

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from yuanmoe.checkpoint.lazy import LazyTensor
-from yuanmoe.checkpoint.safetensors_file import write_safetensors
-from yuanmoe.checkpoint.shards import SAFETENSORS_INDEX
+from yuanmoe.checkpoint.files.lazy import LazyTensor
+from yuanmoe.checkpoint.files.safetensors_file import write_safetensors
+from yuanmoe.checkpoint.files.shards import SAFETENSORS_INDEX
 from yuanmoe.storage.folder import check_free_disk, copy_synced, new_folder, write_synced
 from yuanmoe.storage.json_file import json_text
 from yuanmoe.storage.manifest import MANIFEST, Manifest

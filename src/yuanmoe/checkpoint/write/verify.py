@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from yuanmoe.checkpoint.lazy import BLOCK_BYTES
-from yuanmoe.checkpoint.store import Format, open_checkpoint
-from yuanmoe.checkpoint.writer import silent
+from yuanmoe.checkpoint.files.lazy import BLOCK_BYTES
+from yuanmoe.checkpoint.open import Format, open_checkpoint
+from yuanmoe.checkpoint.write.writer import silent
 from yuanmoe.errors import CheckpointError
 from yuanmoe.storage.manifest import MANIFEST, Manifest
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from yuanmoe.checkpoint.adapter import Adapter, adapted_shapes
-from yuanmoe.checkpoint.lazy import TensorView
-from yuanmoe.checkpoint.safetensors_file import write_safetensors
+from yuanmoe.checkpoint.adapters.adapter import Adapter, adapted_shapes
+from yuanmoe.checkpoint.files.lazy import TensorView
+from yuanmoe.checkpoint.files.safetensors_file import write_safetensors
 from yuanmoe.errors import CheckpointError
 from yuanmoe.model.lora.attach import A, B
 from yuanmoe.model.lora.targets import ROUTER, role_of

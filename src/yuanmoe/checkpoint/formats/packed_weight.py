@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint.lazy import LazyTensor
-from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD, layout
+from yuanmoe.checkpoint.files.lazy import LazyTensor
+from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD, layout
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, UsageError
 from yuanmoe.ops.quantize.groupwise import BITS, BLOCK_ROWS, GROUP_SIZES, PackedTensor, check_format, dequantize

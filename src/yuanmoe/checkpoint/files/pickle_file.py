@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from yuanmoe.checkpoint.lazy import LazyTensor, StoredTensor, TensorView, Weights
-from yuanmoe.checkpoint.mapped import MappedBytes
-from yuanmoe.checkpoint.safetensors_file import DTYPES
+from yuanmoe.checkpoint.files.lazy import LazyTensor, StoredTensor, TensorView, Weights
+from yuanmoe.checkpoint.files.mapped import MappedBytes
+from yuanmoe.checkpoint.files.safetensors_file import DTYPES
 from yuanmoe.errors import CheckpointError, UnsafePickleError
 
 MEGATRON_NAMES = ("megatron", "argparse.Namespace", "numpy", "_codecs.encode", "__builtin__.set", "builtins.set")

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from yuanmoe.checkpoint.lazy import LazyTensor
-from yuanmoe.checkpoint.mapping import EMBEDDING
-from yuanmoe.checkpoint.store import Source
+from yuanmoe.checkpoint.files.lazy import LazyTensor
+from yuanmoe.checkpoint.formats.mapping import EMBEDDING
+from yuanmoe.checkpoint.open import Source
 from yuanmoe.model.decoder import DecoderLayer, rotary_of
 from yuanmoe.model.experts import MixtureOfExperts
 from yuanmoe.model.router import Routing

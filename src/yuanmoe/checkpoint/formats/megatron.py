@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from yuanmoe.checkpoint.lazy import ComposedTensor, LazyTensor, Part, Weights
-from yuanmoe.checkpoint.mapping import EMBEDDING, HEAD
-from yuanmoe.checkpoint.pickle_file import MEGATRON_NAMES, Inert, read_pickle
+from yuanmoe.checkpoint.files.lazy import ComposedTensor, LazyTensor, Part, Weights
+from yuanmoe.checkpoint.files.pickle_file import MEGATRON_NAMES, Inert, read_pickle
+from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD
 from yuanmoe.config import SPECIAL_TOKENS, ModelConfig
 from yuanmoe.errors import CheckpointError
 

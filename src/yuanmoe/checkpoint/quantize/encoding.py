@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from yuanmoe.checkpoint import gptq
-from yuanmoe.checkpoint.lazy import ComposedTensor, LazyTensor
+from yuanmoe.checkpoint.files.lazy import ComposedTensor, LazyTensor
+from yuanmoe.checkpoint.formats import gptq
 from yuanmoe.errors import UsageError
 from yuanmoe.ops.quantize.groupwise import (
     BLOCK_ROWS,

@@ -1,0 +1,1 @@
+"""LoRA adapters as folders: saved, opened, merged into weights, written for PEFT."""

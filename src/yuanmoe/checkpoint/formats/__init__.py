@@ -1,0 +1,1 @@
+"""Released layouts and ours: configurations, names, packed weights. Both ways, bit for bit."""

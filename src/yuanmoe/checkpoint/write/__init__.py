@@ -1,0 +1,1 @@
+"""Checkpoints on their way to disk: streamed, resumable, and checked afterwards."""
