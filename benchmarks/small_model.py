@@ -20,8 +20,8 @@ import torch
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.config import ModelConfig
 from yuanmoe.data.manifest import Manifest
-from yuanmoe.evals.run_page import WIDTH, Series, chart
 from yuanmoe.plan import cost
+from yuanmoe.reports.training_page import WIDTH, Series, chart
 from yuanmoe.shipped import CARD
 from yuanmoe.storage.run_folder import ENVIRONMENT, RECIPE, read_metrics
 from yuanmoe.train.checkpoint import newest

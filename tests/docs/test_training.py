@@ -14,7 +14,7 @@ import yuanmoe
 from small_runs import TINY, arguments, write_tokens
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.cli import main
-from yuanmoe.evals.run_page import Series, chart, run_page
+from yuanmoe.reports.training_page import Series, chart, run_page
 from yuanmoe.storage.run_folder import RECIPE, SAMPLES, read_lines, read_metrics
 from yuanmoe.train.board import Board
 from yuanmoe.train.recipes import named

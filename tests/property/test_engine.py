@@ -15,12 +15,12 @@ from small_models import VARIANTS, random_ids, random_model, small_config
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.checkpoint.quantize.quantize import quantize
 from yuanmoe.checkpoint.write.save import save_native
-from yuanmoe.engine import load
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.score import score
 from yuanmoe.errors import ContextLengthError, UsageError
 from yuanmoe.model.router import Routing
 from yuanmoe.ops import native
+from yuanmoe.routing import expert_load as load
 
 
 @settings(max_examples=7)

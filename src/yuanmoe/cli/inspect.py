@@ -181,7 +181,7 @@ def _spelled(favourites: list[list[dict[str, Any]]], tokenizer: "Tokenizer") -> 
 
 def _write_page(report: dict[str, Any], path: Path) -> None:
     """Beside and renamed: what was there stays until the new page is whole."""
-    from yuanmoe.evals.page import page
+    from yuanmoe.reports.routing_page import page
 
     beside = path.with_name(path.name + ".partial")
     try:

@@ -19,9 +19,9 @@ from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.probe import matmul_rate
 from yuanmoe.cli.training_view import TrainingView
 from yuanmoe.errors import TrainingError
-from yuanmoe.evals.run_page import write_run_page
 from yuanmoe.lm import LanguageModel
 from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.reports.training_page import write_run_page
 from yuanmoe.storage.run_folder import RunFolder
 from yuanmoe.text.tokenizer import load_tokenizer
 from yuanmoe.train.board import Board

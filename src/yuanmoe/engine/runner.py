@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yuanmoe.engine.load import ExpertLoad
 from yuanmoe.engine.requests import PromptLogprobs, TokenRouting
 from yuanmoe.engine.sampling import top_logprobs
 from yuanmoe.engine.schedule import Sequence
@@ -19,6 +18,7 @@ from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.lora.multi_lora import MultiLora
 from yuanmoe.model.router import Routing
 from yuanmoe.model.state.paged import PagedCache, PagedSequences
+from yuanmoe.routing.expert_load import ExpertLoad
 
 
 class Pass(NamedTuple):

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from yuanmoe.evals.page import document, heat_map
+from yuanmoe.reports.routing_page import document, heat_map
 from yuanmoe.storage.run_folder import ENVIRONMENT, RECIPE, SAMPLES, read_lines, read_metrics
 from yuanmoe.units import format_count
 

@@ -1,0 +1,1 @@
+"""One self-contained HTML file each. No numbers of their own."""
