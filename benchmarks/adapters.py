@@ -16,6 +16,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the program sets it; read 
 import torch
 from torch import Tensor
 
+from yuanmoe.bench.layers import cut
+from yuanmoe.bench.synthetic import synthetic_model
+from yuanmoe.bench.timing import take_turns
 from yuanmoe.checkpoint.adapters.adapter import matrices
 from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.cli.output import people, print_result, print_table
@@ -28,9 +31,6 @@ from yuanmoe.model.lora.multi_lora import MultiLora
 from yuanmoe.model.lora.targets import LoraSettings, targets
 from yuanmoe.ops import native
 from yuanmoe.plan.device.machine import read_machine
-from yuanmoe.studies.layers import cut
-from yuanmoe.studies.synthetic import synthetic_model
-from yuanmoe.studies.timing import take_turns
 
 PROMPT_TOKENS = 16
 CACHE_TOKENS = 16384

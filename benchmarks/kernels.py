@@ -20,12 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch import Tensor
 
-from yuanmoe.cli.output import people, print_result, print_table
-from yuanmoe.config import preset
-from yuanmoe.ops import native
-from yuanmoe.ops.quantize.groupwise import PackedTensor
-from yuanmoe.plan.device.machine import read_machine
-from yuanmoe.studies.products import (
+from yuanmoe.bench.products import (
     Contender,
     int4_of_torch,
     linear_contender,
@@ -36,7 +31,12 @@ from yuanmoe.studies.products import (
     reading,
     rotation,
 )
-from yuanmoe.studies.synthetic import random_packed
+from yuanmoe.bench.synthetic import random_packed
+from yuanmoe.cli.output import people, print_result, print_table
+from yuanmoe.config import preset
+from yuanmoe.ops import native
+from yuanmoe.ops.quantize.groupwise import PackedTensor
+from yuanmoe.plan.device.machine import read_machine
 
 PREFILL_TOKENS = 512
 INT8_TOKENS = 16

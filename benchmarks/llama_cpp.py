@@ -23,17 +23,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the program sets it; read 
 
 import torch
 
+from yuanmoe.bench.decode import DECODE_RUNS
+from yuanmoe.bench.layers import cut, our_steps
+from yuanmoe.bench.products import Contender, reading
+from yuanmoe.bench.synthetic import synthetic_model
+from yuanmoe.bench.timing import Timing, take_turns
 from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.cli.output import people, print_result, print_table
 from yuanmoe.config import preset
 from yuanmoe.ops import native
 from yuanmoe.plan import cost
 from yuanmoe.plan.device.machine import read_machine
-from yuanmoe.studies.decode import DECODE_RUNS
-from yuanmoe.studies.layers import cut, our_steps
-from yuanmoe.studies.products import Contender, reading
-from yuanmoe.studies.synthetic import synthetic_model
-from yuanmoe.studies.timing import Timing, take_turns
 
 CONTEXT = 16
 

@@ -27,11 +27,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
 
+from yuanmoe.bench.layers import build, build_mixtral, cut
+from yuanmoe.bench.timing import take_turns
 from yuanmoe.config import preset
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.plan import cost
-from yuanmoe.studies.layers import build, build_mixtral, cut
-from yuanmoe.studies.timing import take_turns
 from yuanmoe.train.meter import flops_per_token
 from yuanmoe.train.optim import Optimizer
 from yuanmoe.train.recipe import BalanceSettings

@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from small_lm import write_lm
+from yuanmoe.bench import decode as study
+from yuanmoe.bench.decode import Load, check_load
+from yuanmoe.bench.products import layer_beside_torch
+from yuanmoe.bench.synthetic import synthetic_model
 from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.checkpoint.quantize.quantize import quantize
 from yuanmoe.cli.main import main
@@ -14,10 +18,6 @@ from yuanmoe.config import preset
 from yuanmoe.errors import ResourceError
 from yuanmoe.ops import native
 from yuanmoe.plan import cost
-from yuanmoe.studies import decode as study
-from yuanmoe.studies.decode import Load, check_load
-from yuanmoe.studies.products import layer_beside_torch
-from yuanmoe.studies.synthetic import synthetic_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no compiled kernels: {native.reason()}")
 SMALL = ("--contexts", "8,16", "--prompts", "4", "--runs", "1", "--threads", "1", "--json")
@@ -26,7 +26,7 @@ RATE = {"median", "min", "max"}
 
 @pytest.fixture(autouse=True)
 def _few_bytes(monkeypatch):
-    monkeypatch.setattr("yuanmoe.studies.products.ROTATION_BYTES", 1 << 20)
+    monkeypatch.setattr("yuanmoe.bench.products.ROTATION_BYTES", 1 << 20)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from small_lm import write_lm
 from yuanmoe import load
 from yuanmoe.checkpoint.quantize import quantize as quantizing
 from yuanmoe.cli.main import main
-from yuanmoe.studies import quality
+from yuanmoe.evals import quality
 
 TEXT = (
     "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    def push(self, item):\n        self.all.append(item)\n" * 8

@@ -15,7 +15,7 @@ from small_models import random_model, small_config
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.quantize.quantize import quantize
 from yuanmoe.checkpoint.write.save import save_native
-from yuanmoe.studies.quality import quality
+from yuanmoe.evals.quality import quality
 
 CONFIG = small_config(
     vocab_size=256,

@@ -11,8 +11,8 @@ from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.quantize.quantize import quantize
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.errors import CheckpointError, UsageError
+from yuanmoe.evals.quality import Reading, compare, quality, read_loaded, read_streamed
 from yuanmoe.evals.reading import losses
-from yuanmoe.studies.quality import Reading, compare, quality, read_loaded, read_streamed
 
 VARIANTS = {
     "m32": {},

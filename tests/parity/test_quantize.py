@@ -19,10 +19,10 @@ from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import UsageError
+from yuanmoe.evals.quality import read_loaded, read_streamed
 from yuanmoe.ops import native
 from yuanmoe.ops.quantize.groupwise import dequantize, unpack
 from yuanmoe.ops.quantize.groupwise import quantize as quantize_tensor
-from yuanmoe.studies.quality import read_loaded, read_streamed
 
 # The released layout has no key for it: hidden / heads channels of a head rotate.
 CONFIG = small_config(hidden_size=64, head_dim=64, intermediate_size=0, moe_intermediate_size=32, initializer_range=0.1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from small_models import VARIANTS, random_model, small_config
+from yuanmoe.bench.synthetic import synthetic_model
 from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
@@ -15,7 +16,6 @@ from yuanmoe.model.state.cache import Cache
 from yuanmoe.model.state.paged import PagedCache, PagedSequences
 from yuanmoe.model.state.sequences import WholeSequences
 from yuanmoe.ops import native
-from yuanmoe.studies.synthetic import synthetic_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no compiled kernels: {native.reason()}")
 KINDS = ("4 bits", "8 bits", "bfloat16")

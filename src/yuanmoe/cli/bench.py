@@ -13,10 +13,10 @@ from yuanmoe.cli.output import people, print_result
 from yuanmoe.errors import UsageError
 
 if TYPE_CHECKING:
+    from yuanmoe.bench.decode import Load
     from yuanmoe.config import ModelConfig
     from yuanmoe.model.decoder import YuanForCausalLM
     from yuanmoe.plan.cost import Precision
-    from yuanmoe.studies.decode import Load
 
 bench = typer.Typer(
     help="Measure speed side by side with peers and with what the machine can do.",
@@ -47,11 +47,11 @@ def layers(
     """
     import torch
 
+    from yuanmoe.bench.layers import compare_layers
     from yuanmoe.checkpoint.formats.native_config import parse_dtype
     from yuanmoe.checkpoint.load import usable_device
     from yuanmoe.config import preset as named
     from yuanmoe.plan.device.machine import measure_bandwidth
-    from yuanmoe.studies.layers import compare_layers
 
     device = str(usable_device(device))
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -103,10 +103,10 @@ def decode(
     """
     import torch
 
+    from yuanmoe.bench.decode import Load, beside_torch, measure_decode
     from yuanmoe.checkpoint.formats.packed_weight import quantization_record
     from yuanmoe.ops import native
     from yuanmoe.plan.device.machine import read_machine
-    from yuanmoe.studies.decode import Load, beside_torch, measure_decode
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     load = Load(
@@ -168,10 +168,10 @@ def _checkpoint(path: Path) -> _Subject:
 
 
 def _synthetic(name: str, bits: int, layers: int | None, load: "Load") -> _Subject:
+    from yuanmoe.bench.decode import check_load
+    from yuanmoe.bench.synthetic import synthetic_model
     from yuanmoe.checkpoint.formats.packed_weight import policy
     from yuanmoe.config import preset as named
-    from yuanmoe.studies.decode import check_load
-    from yuanmoe.studies.synthetic import synthetic_model
 
     config = named(name) if layers is None else named(name, num_hidden_layers=layers)
     precision = policy(config, bits)

@@ -144,9 +144,9 @@ def _write(console: Console, job: "Job", dst: Path, **options: Any) -> "Quantize
 def _evaluate(console: Console, job: "Job", dst: Path, file: Path, ids: Sequence[int], report: dict[str, Any]) -> None:
     """Compare both models on a text, show it, and add it to the report beside the weights."""
     from yuanmoe.checkpoint.quantize.report import REPORT
+    from yuanmoe.evals.quality import quality
     from yuanmoe.storage.folder import write_synced
     from yuanmoe.storage.json_file import json_text
-    from yuanmoe.studies.quality import quality
 
     try:
         with tokens_progress("reading with both models", 2 * len(ids)) as advance:

@@ -4,7 +4,7 @@
 rows at a time, on all cores, so that memory stays bounded whatever their sizes; the first shard that is not finished is
 where an interrupted run goes on.
 Not here: the policy and the layout (`packed_weight.py`), rounding (`encoding.py`, `calibration.py`), writing
-(`writer.py`), what was lost (`report.py`, `studies/quality.py`).
+(`writer.py`), what was lost (`report.py`, `evals/quality.py`).
 """
 
 import hashlib

@@ -4,7 +4,7 @@ It is written beside the weights as `quantization.json`. Everything in it follow
 that an interrupted run ends with the same file as another. `facts` are what was remembered of each quantized weight
 while it was written: {"noise": [[energy, energy of the errors], one for each matrix of a stack], "kept": its codes are
 those of the GPTQ files, "tokens": of the calibration text, one for each expert}.
-Not here: what a quantized model says, `studies/quality.py`.
+Not here: what a quantized model says, `evals/quality.py`.
 """
 
 import math

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from yuanmoe.bench.products import layer_beside_torch, measure, multiply_adds, reading
+from yuanmoe.bench.timing import Timing, take_turns
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ResourceError
 from yuanmoe.model.decoder import YuanForCausalLM
@@ -21,8 +23,6 @@ from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
 from yuanmoe.plan.cost import Precision
 from yuanmoe.plan.device.machine import read_machine
-from yuanmoe.studies.products import layer_beside_torch, measure, multiply_adds, reading
-from yuanmoe.studies.timing import Timing, take_turns
 from yuanmoe.units import GIB, format_size
 
 OTHER_BYTES = GIB

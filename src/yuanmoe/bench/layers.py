@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from yuanmoe.bench.timing import Timing, take_turns
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.plan import cost
-from yuanmoe.studies.timing import Timing, take_turns
 
 PREFILL_PEERS = ("eager", "grouped_mm")
 """batched_mm copies two experts a token: 34 GB for 256 tokens of M32's sizes."""

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yuanmoe.bench.synthetic import random_packed
+from yuanmoe.bench.timing import take_turns
 from yuanmoe.config import ModelConfig
 from yuanmoe.ops import native
 from yuanmoe.ops.quantize.packed_format import PackedFormat
-from yuanmoe.studies.synthetic import random_packed
-from yuanmoe.studies.timing import take_turns
 
 GROUP_SIZE = 64
 ROTATION_BYTES = 1 << 28
