@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from yuanmoe.data.packed import PackedTokens
+from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.plan import cost
 from yuanmoe.train.recipe import Recipe
 from yuanmoe.train.recipes import nano

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from yuanmoe.data.corpus import Document, stdlib_documents
-from yuanmoe.data.packages import Package, installed_packages
+from yuanmoe.data.sources.packages import Package, installed_packages
+from yuanmoe.data.sources.python_sources import Document, stdlib_documents
 from yuanmoe.text.bpe import train_bpe
 
 LEFT_OUT = "encodings/"

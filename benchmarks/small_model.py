@@ -19,7 +19,7 @@ import torch
 
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.manifest import Manifest
+from yuanmoe.data.sets.manifest import Manifest
 from yuanmoe.plan import cost
 from yuanmoe.reports.training_page import WIDTH, Series, chart
 from yuanmoe.shipped import CARD

@@ -12,8 +12,8 @@ from small_documents import Lists
 from small_tokenizers import TEXTS, bpe
 from yuanmoe.cli import main
 from yuanmoe.config import preset
-from yuanmoe.data.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
-from yuanmoe.data.pack import pack_texts
+from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
+from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.train.loop import Training
 from yuanmoe.train.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
 from yuanmoe.train.start import new_model

@@ -103,7 +103,7 @@ def test_again_it_shows_the_report(tmp_path, src, run):
 
 
 def test_tokens_on_disk_and_a_text_calibrate(tmp_path, src, text, run):
-    from yuanmoe.data.pack import pack_texts
+    from yuanmoe.data.prepare.pack import pack_texts
 
     pack_texts([TEXT], tmp_path / "packed" / "tokens", load(src).tokenizer)
     reports = []

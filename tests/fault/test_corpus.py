@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from yuanmoe.data.corpus import Document, iter_python_sources, stdlib_documents
+from yuanmoe.data.sources.python_sources import Document, iter_python_sources, stdlib_documents
 from yuanmoe.errors import UsageError
 
 

@@ -18,20 +18,20 @@ from pyarrow import parquet
 from small_documents import Lists
 from small_tokenizers import bpe
 from small_work import make_dying, make_failing
-from yuanmoe.data import records
-from yuanmoe.data.formats import FormatOptions
-from yuanmoe.data.inputs import find_inputs
-from yuanmoe.data.megatron import MegatronTokens, write_megatron
-from yuanmoe.data.output import Output
-from yuanmoe.data.pack import PackOptions, pack
-from yuanmoe.data.workers import map_ordered
+from yuanmoe.data.prepare.formats import FormatOptions
+from yuanmoe.data.prepare.output import Output
+from yuanmoe.data.prepare.pack import PackOptions, pack
+from yuanmoe.data.prepare.workers import map_ordered
+from yuanmoe.data.sets.megatron import MegatronTokens, write_megatron
+from yuanmoe.data.sources import records
+from yuanmoe.data.sources.inputs import find_inputs
 from yuanmoe.errors import DataError, MissingExtraError, ResourceError
 
 DEADLINE_S = 60
 
 SCRIPT = """
 import sys, time
-from yuanmoe.data.pack import PackOptions, pack
+from yuanmoe.data.prepare.pack import PackOptions, pack
 from yuanmoe.text.tokenizer import load_tokenizer
 if __name__ == "__main__":
     source, out, tokenizer = sys.argv[1:]

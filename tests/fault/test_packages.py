@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from yuanmoe.data.packages import Package, installed_packages, is_permissive
+from yuanmoe.data.sources.packages import Package, installed_packages, is_permissive
 
 
 def installed(root: Path, metadata: str, files: dict[str, str]) -> Package:

@@ -9,12 +9,12 @@ import pytest
 from small_documents import Lists
 from small_tokenizers import bpe, small_sentencepiece
 from yuanmoe.config import preset
-from yuanmoe.data.datasets import check_fits, open_documents, open_sources
-from yuanmoe.data.loader import LoaderOptions, Source
-from yuanmoe.data.manifest import Manifest
-from yuanmoe.data.pack import pack_texts
-from yuanmoe.data.packed import PackedTokens
-from yuanmoe.data.verify import verify
+from yuanmoe.data.loader.loader import LoaderOptions, Source
+from yuanmoe.data.prepare.pack import pack_texts
+from yuanmoe.data.sets.datasets import check_fits, open_documents, open_sources
+from yuanmoe.data.sets.manifest import Manifest
+from yuanmoe.data.sets.packed import PackedTokens
+from yuanmoe.data.sets.verify import verify
 from yuanmoe.errors import DataError, TokenizerError, UsageError
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from small_runs import FIELDS_OF_TIME, arguments, call, write_tokens
 from small_tokenizers import bpe
-from yuanmoe.data.pack import pack_texts
+from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.storage.run_folder import ENVIRONMENT, SAMPLES, read_lines, read_metrics
 from yuanmoe.train.checkpoint import FACTS, steps
 from yuanmoe.train.state import TENSORS

@@ -18,9 +18,9 @@ from yuanmoe.checkpoint.write import writer
 from yuanmoe.cli import main, training_view
 from yuanmoe.cli.training import Job, run_training
 from yuanmoe.config import preset
-from yuanmoe.data.megatron import write_megatron
-from yuanmoe.data.pack import pack_texts
-from yuanmoe.data.packed import PackedTokens
+from yuanmoe.data.prepare.pack import pack_texts
+from yuanmoe.data.sets.megatron import write_megatron
+from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.errors import CheckpointError, DataError, ResourceError, TokenizerError, TrainingError
 from yuanmoe.storage.run_folder import read_metrics
 from yuanmoe.train import guard

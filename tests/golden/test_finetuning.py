@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_tokenizers import SMALL, TEXT, bpe, small_sentencepiece
-from yuanmoe.data.finetuning import (
+from yuanmoe.data.prepare.finetuning import (
     encode_conversation,
     encode_line,
     first_sep_mask,
     messages_of,
     official_window_mask,
 )
-from yuanmoe.data.formats import clean_line
+from yuanmoe.data.prepare.formats import clean_line
 from yuanmoe.errors import TokenizerError, UsageError
 from yuanmoe.text.chat import encode_chat
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_documents import Lists
-from yuanmoe.data.datasets import open_documents
-from yuanmoe.data.megatron import MegatronTokens, write_megatron
-from yuanmoe.data.verify import verify
+from yuanmoe.data.sets.datasets import open_documents
+from yuanmoe.data.sets.megatron import MegatronTokens, write_megatron
+from yuanmoe.data.sets.verify import verify
 from yuanmoe.errors import DataError
 
 DOCUMENTS = [[7, 8, 9], [], [77185, 1]]

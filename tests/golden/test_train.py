@@ -10,7 +10,7 @@ import torch
 from small_documents import Lists
 from small_runs import BATCH, LENGTH, batches, heldout, recipe, training, whole_batch
 from yuanmoe.config import preset
-from yuanmoe.data.loader import Loader, LoaderOptions, Source
+from yuanmoe.data.loader.loader import Loader, LoaderOptions, Source
 from yuanmoe.errors import DataError
 from yuanmoe.model import experts, router
 from yuanmoe.ops.cross_entropy import head_cross_entropy_reference

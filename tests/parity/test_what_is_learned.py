@@ -12,9 +12,9 @@ from small_documents import Lists
 from small_runs import BATCH, LENGTH, TINY, batches, recipe, whole_batch
 from small_tokenizers import bpe
 from yuanmoe.config import preset
-from yuanmoe.data.formats import FormatOptions
-from yuanmoe.data.loader import Batch, Loader, LoaderOptions, Source
-from yuanmoe.data.pack import PackOptions, pack, pack_texts
+from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, Source
+from yuanmoe.data.prepare.formats import FormatOptions
+from yuanmoe.data.prepare.pack import PackOptions, pack, pack_texts
 from yuanmoe.text.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from yuanmoe.train.data import open_data
 from yuanmoe.train.loop import Training

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from small_documents import Lists, numbered
 from small_tokenizers import bpe
-from yuanmoe.data.fim import FillInMiddle
-from yuanmoe.data.loader import Loader, LoaderOptions, Source
+from yuanmoe.data.loader.fim import FillInMiddle
+from yuanmoe.data.loader.loader import Loader, LoaderOptions, Source
+from yuanmoe.data.loader.stream import GROUP, ShuffledStream
 from yuanmoe.data.permutation import Permutation
-from yuanmoe.data.stream import GROUP, ShuffledStream
 from yuanmoe.errors import DataError, TokenizerError, UsageError
 
 PREFIX, SUFFIX, MIDDLE = 10**6, 10**6 + 1, 10**6 + 2

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yuanmoe.data.mixture import BLOCK, Mixture, parse_mixture
+from yuanmoe.data.loader.mixture import BLOCK, Mixture, parse_mixture
 from yuanmoe.data.permutation import Permutation, key_of, scatter
 from yuanmoe.errors import DataError, UsageError
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from small_tokenizers import TEXT, bpe, small_sentencepiece
-from yuanmoe.data.formats import FormatOptions
-from yuanmoe.data.output import Output
-from yuanmoe.data.pack import PackOptions, pack, pack_texts
-from yuanmoe.data.packed import PackedTokens
-from yuanmoe.data.verify import verify
+from yuanmoe.data.prepare.formats import FormatOptions
+from yuanmoe.data.prepare.output import Output
+from yuanmoe.data.prepare.pack import PackOptions, pack, pack_texts
+from yuanmoe.data.sets.packed import PackedTokens
+from yuanmoe.data.sets.verify import verify
 
 SMALL = {"chunk_bytes": 40, "shard_tokens": 60}
 TEXTS = st.lists(TEXT, min_size=1, max_size=12).filter(lambda texts: any(text.strip() for text in texts))

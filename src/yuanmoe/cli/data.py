@@ -56,9 +56,9 @@ def pack(
 
     Interrupted, it goes on where it was when called again.
     """
-    from yuanmoe.data.formats import FormatOptions
-    from yuanmoe.data.pack import PackOptions
-    from yuanmoe.data.pack import pack as pack_files
+    from yuanmoe.data.prepare.formats import FormatOptions
+    from yuanmoe.data.prepare.pack import PackOptions
+    from yuanmoe.data.prepare.pack import pack as pack_files
     from yuanmoe.text.tokenizer import load_tokenizer
 
     if len(paths) < 2:
@@ -95,8 +95,8 @@ def pack(
 @data.command()
 def info(path: Dataset) -> None:
     """What a dataset holds, and what it was made of."""
-    from yuanmoe.data.datasets import open_documents
-    from yuanmoe.data.packed import PackedTokens
+    from yuanmoe.data.sets.datasets import open_documents
+    from yuanmoe.data.sets.packed import PackedTokens
 
     tokens = open_documents(path)
     console = people()
@@ -111,8 +111,8 @@ def info(path: Dataset) -> None:
 @data.command()
 def verify(path: Dataset, tokenizer: TokenizerPath = None) -> None:
     """Read all of a dataset: checksums, and whether every id is in the vocabulary."""
-    from yuanmoe.data.datasets import open_documents
-    from yuanmoe.data.verify import verify as verify_documents
+    from yuanmoe.data.sets.datasets import open_documents
+    from yuanmoe.data.sets.verify import verify as verify_documents
     from yuanmoe.text.tokenizer import load_tokenizer
 
     tokens = open_documents(path)
@@ -143,8 +143,8 @@ def export(
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Of the tokenizer, where SRC does not say.")] = None,
 ) -> None:
     """Write a dataset as a Megatron pair, NAME.bin and NAME.idx."""
-    from yuanmoe.data.datasets import open_documents
-    from yuanmoe.data.megatron import write_megatron
+    from yuanmoe.data.sets.datasets import open_documents
+    from yuanmoe.data.sets.megatron import write_megatron
 
     tokens = open_documents(src)
     size = vocab_size or tokens.vocab_size

@@ -11,9 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from yuanmoe.data.datasets import open_documents
-from yuanmoe.data.manifest import check_same_tokenizer
-from yuanmoe.data.packed import PackedTokens
+from yuanmoe.data.sets.datasets import open_documents
+from yuanmoe.data.sets.manifest import check_same_tokenizer
+from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.errors import UsageError
 from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 

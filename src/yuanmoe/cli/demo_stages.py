@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.corpus import stdlib_documents
-from yuanmoe.data.pack import pack_texts
-from yuanmoe.data.packed import PackedTokens
+from yuanmoe.data.prepare.pack import pack_texts
+from yuanmoe.data.sets.packed import PackedTokens
+from yuanmoe.data.sources.python_sources import stdlib_documents
 from yuanmoe.errors import DataError
 from yuanmoe.plan import cost
 from yuanmoe.text.bpe import train_bpe

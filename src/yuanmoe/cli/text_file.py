@@ -31,7 +31,7 @@ def read_tokens(path: Path, tokenizer: "Tokenizer", limit: int) -> list[int]:
     Raises UsageError for a file that is neither or holds fewer than two tokens, and DataError for damaged tokens.
     """
     if path.is_dir():
-        from yuanmoe.data.packed import PackedTokens
+        from yuanmoe.data.sets.packed import PackedTokens
 
         ids = PackedTokens(path)[:limit].tolist()
     else:

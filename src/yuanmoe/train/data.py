@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from yuanmoe.data.datasets import check_fits, open_documents
-from yuanmoe.data.fim import FillInMiddle
-from yuanmoe.data.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
-from yuanmoe.data.manifest import MANIFEST
-from yuanmoe.data.packed import PackedTokens
+from yuanmoe.data.loader.fim import FillInMiddle
+from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
+from yuanmoe.data.sets.datasets import check_fits, open_documents
+from yuanmoe.data.sets.manifest import MANIFEST
+from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.errors import DataError
 from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.train.recipe import Recipe

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from yuanmoe.checkpoint.formats.native_config import parse_dtype
-from yuanmoe.data.loader import Batch
+from yuanmoe.data.loader.loader import Batch
 from yuanmoe.errors import DataError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.train import guard

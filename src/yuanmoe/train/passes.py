@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from yuanmoe.data.loader import Batch
+from yuanmoe.data.loader.loader import Batch
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.train.pipeline import evaluate_in_pipeline, learn_in_pipeline, losses_in_pipeline
 from yuanmoe.train.ranks import Ranks

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.loader import MaskRule
+from yuanmoe.data.loader.loader import MaskRule
 from yuanmoe.errors import ConfigError
 from yuanmoe.model.lora.targets import LoraSettings
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from yuanmoe.data.loader import Batch
+from yuanmoe.data.loader.loader import Batch
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.ops.cross_entropy import head_cross_entropy

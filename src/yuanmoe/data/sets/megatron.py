@@ -22,8 +22,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from yuanmoe.data.documents import Documents, check_ids, silent
 from yuanmoe.data.permutation import Integers
+from yuanmoe.data.sets.documents import Documents, check_ids, silent
 from yuanmoe.errors import DataError, ResourceError
 
 MAGIC = b"MMIDIDX\0\0"

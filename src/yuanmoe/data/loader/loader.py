@@ -17,12 +17,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from yuanmoe.data.documents import Documents, check_ids
-from yuanmoe.data.fim import FillInMiddle
-from yuanmoe.data.finetuning import official_window_mask
-from yuanmoe.data.mixture import Mixture
+from yuanmoe.data.loader.fim import FillInMiddle
+from yuanmoe.data.loader.mixture import Mixture
+from yuanmoe.data.loader.stream import Part, ShuffledStream
 from yuanmoe.data.permutation import Integers, Permutation, key_of
-from yuanmoe.data.stream import Part, ShuffledStream
+from yuanmoe.data.prepare.finetuning import official_window_mask
+from yuanmoe.data.sets.documents import Documents, check_ids
 from yuanmoe.errors import DataError, UsageError
 
 MaskRule = Literal["stored", "official"]

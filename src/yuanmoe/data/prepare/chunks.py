@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from yuanmoe.data.formats import FormatOptions, Part
-from yuanmoe.data.inputs import SourceFile
-from yuanmoe.data.records import Reader
+from yuanmoe.data.prepare.formats import FormatOptions, Part
+from yuanmoe.data.sources.inputs import SourceFile
+from yuanmoe.data.sources.records import Reader
 
 
 class Place(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-from yuanmoe.data.inputs import SourceFile
+from yuanmoe.data.sources.inputs import SourceFile
 from yuanmoe.errors import DataError, MissingExtraError
 
 BLOCK_BYTES = 1 << 20

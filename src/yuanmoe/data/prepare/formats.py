@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from yuanmoe.data.finetuning import encode_conversation, encode_line, first_sep_mask, messages_of
+from yuanmoe.data.prepare.finetuning import encode_conversation, encode_line, first_sep_mask, messages_of
 from yuanmoe.errors import DataError, UsageError
 from yuanmoe.text.chat_template import SEP, Newline
 from yuanmoe.text.sentencepiece_tokenizer import unescape_newlines

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-from yuanmoe.data.corpus import SKIPPED_FOLDERS, TEST_FOLDERS, Document, read_source
+from yuanmoe.data.sources.python_sources import SKIPPED_FOLDERS, TEST_FOLDERS, Document, read_source
 
 PERMISSIVE = frozenset(
     {

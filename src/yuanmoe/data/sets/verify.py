@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from yuanmoe.data.documents import check_ids, silent
-from yuanmoe.data.manifest import ENDS, check_same_tokenizer
-from yuanmoe.data.megatron import MegatronTokens
-from yuanmoe.data.packed import PackedTokens
+from yuanmoe.data.sets.documents import check_ids, silent
+from yuanmoe.data.sets.manifest import ENDS, check_same_tokenizer
+from yuanmoe.data.sets.megatron import MegatronTokens
+from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.errors import DataError
 from yuanmoe.text.tokenizer import Tokenizer
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.documents import Documents
-from yuanmoe.data.loader import LoaderOptions, Source
-from yuanmoe.data.manifest import MANIFEST, check_same_tokenizer
-from yuanmoe.data.megatron import MegatronTokens
-from yuanmoe.data.mixture import parse_mixture
-from yuanmoe.data.packed import PackedTokens
+from yuanmoe.data.loader.loader import LoaderOptions, Source
+from yuanmoe.data.loader.mixture import parse_mixture
+from yuanmoe.data.sets.documents import Documents
+from yuanmoe.data.sets.manifest import MANIFEST, check_same_tokenizer
+from yuanmoe.data.sets.megatron import MegatronTokens
+from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.errors import DataError
 from yuanmoe.text.tokenizer import Tokenizer, check_tokenizer
 

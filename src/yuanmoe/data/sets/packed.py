@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yuanmoe.data.manifest import ENDS, MANIFEST, Manifest, mask_name, shard_name
 from yuanmoe.data.permutation import Integers
+from yuanmoe.data.sets.manifest import ENDS, MANIFEST, Manifest, mask_name, shard_name
 from yuanmoe.errors import DataError
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from yuanmoe.data.corpus import SKIPPED_FOLDERS
+from yuanmoe.data.sources.python_sources import SKIPPED_FOLDERS
 from yuanmoe.errors import DataError
 from yuanmoe.units import format_size
 

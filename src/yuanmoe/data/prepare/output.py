@@ -15,9 +15,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from yuanmoe.data.chunks import Chunk, Place
-from yuanmoe.data.formats import Encoded
-from yuanmoe.data.manifest import ENDS, SOURCES, Manifest, mask_name, shard_name
+from yuanmoe.data.prepare.chunks import Chunk, Place
+from yuanmoe.data.prepare.formats import Encoded
+from yuanmoe.data.sets.manifest import ENDS, SOURCES, Manifest, mask_name, shard_name
 from yuanmoe.errors import DataError
 from yuanmoe.storage.folder import write_synced
 from yuanmoe.text.tokenizer import Tokenizer

@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
-from yuanmoe.data.chunks import Chunk, Place, chunks
-from yuanmoe.data.documents import silent
-from yuanmoe.data.formats import PARTS, Encoded, Encoder, FormatOptions, Part
-from yuanmoe.data.inputs import Inputs, SourceFile, find_inputs
-from yuanmoe.data.manifest import ENDS
-from yuanmoe.data.output import JOURNAL, Output
-from yuanmoe.data.packed import PackedTokens
-from yuanmoe.data.workers import map_ordered
+from yuanmoe.data.prepare.chunks import Chunk, Place, chunks
+from yuanmoe.data.prepare.formats import PARTS, Encoded, Encoder, FormatOptions, Part
+from yuanmoe.data.prepare.output import JOURNAL, Output
+from yuanmoe.data.prepare.workers import map_ordered
+from yuanmoe.data.sets.documents import silent
+from yuanmoe.data.sets.manifest import ENDS
+from yuanmoe.data.sets.packed import PackedTokens
+from yuanmoe.data.sources.inputs import Inputs, SourceFile, find_inputs
 from yuanmoe.errors import DataError
 from yuanmoe.storage.folder import Kind, new_folder
 from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer

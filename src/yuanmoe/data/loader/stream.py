@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from yuanmoe.data.documents import Documents
-from yuanmoe.data.fim import FillInMiddle, Piece
+from yuanmoe.data.loader.fim import FillInMiddle, Piece
 from yuanmoe.data.permutation import Integers, Permutation
+from yuanmoe.data.sets.documents import Documents
 from yuanmoe.errors import DataError
 
 GROUP = 64

@@ -1,0 +1,1 @@
+"""Datasets of tokens on disk: ours, Megatron's, opened, described and verified."""
