@@ -19,9 +19,9 @@ from typing import Any
 
 from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.plan import cost
-from yuanmoe.train.recipe import Recipe
-from yuanmoe.train.recipes import nano
-from yuanmoe.train.settings import override
+from yuanmoe.train.recipe.recipe import Recipe
+from yuanmoe.train.recipe.recipes import nano
+from yuanmoe.train.recipe.settings import override
 
 VARIANTS = {
     "attention": [],

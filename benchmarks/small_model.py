@@ -24,12 +24,12 @@ from yuanmoe.plan import cost
 from yuanmoe.reports.training_page import WIDTH, Series, chart
 from yuanmoe.shipped import CARD
 from yuanmoe.storage.run_folder import ENVIRONMENT, RECIPE, read_metrics
-from yuanmoe.train.checkpoint import newest
-from yuanmoe.train.data import TrainingData, open_data
-from yuanmoe.train.meter import bits_per_byte
-from yuanmoe.train.recipes import small
-from yuanmoe.train.settings import flat, override
-from yuanmoe.train.step import Windows, evaluate
+from yuanmoe.train.recipe.recipes import small
+from yuanmoe.train.recipe.settings import flat, override
+from yuanmoe.train.start.data import TrainingData, open_data
+from yuanmoe.train.state.checkpoint import newest
+from yuanmoe.train.steps.meter import bits_per_byte
+from yuanmoe.train.steps.step import Windows, evaluate
 
 BITS = ("--bits", "4", "--role", "attention=8", "--role", "lfa=8", "--role", "embedding=8", "--role", "head=8")
 CALIBRATION_TOKENS = 131_072

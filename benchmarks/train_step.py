@@ -32,12 +32,12 @@ from yuanmoe.bench.timing import take_turns
 from yuanmoe.config import preset
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.plan import cost
-from yuanmoe.train.meter import flops_per_token
-from yuanmoe.train.optim import Optimizer
-from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.recipes import small
-from yuanmoe.train.start import new_model
-from yuanmoe.train.step import Windows, learn
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.recipe.recipes import small
+from yuanmoe.train.start.model import new_model
+from yuanmoe.train.steps.meter import flops_per_token
+from yuanmoe.train.steps.optim import Optimizer
+from yuanmoe.train.steps.step import Windows, learn
 
 RATE = 1e-6
 MIB = 1 << 20

@@ -5,14 +5,14 @@ import torch
 from small_runs import batches, heldout
 from yuanmoe.checkpoint.formats.native_config import Origin, parse_dtype
 from yuanmoe.checkpoint.open import open_checkpoint
-from yuanmoe.train.checkpoint import Checkpoints, newest, read_facts, snapshot
-from yuanmoe.train.layout import laid_out, layout_of
-from yuanmoe.train.loop import Training
-from yuanmoe.train.ranks import ALONE, grouped
-from yuanmoe.train.shard import ready_to_use, sharded
-from yuanmoe.train.stages import EMBEDDING
-from yuanmoe.train.start import loaded_model, new_model
-from yuanmoe.train.state import Stored
+from yuanmoe.train.parallel.layout import laid_out, layout_of
+from yuanmoe.train.parallel.ranks import ALONE, grouped
+from yuanmoe.train.parallel.shard import ready_to_use, sharded
+from yuanmoe.train.parallel.stages import EMBEDDING
+from yuanmoe.train.start.model import loaded_model, new_model
+from yuanmoe.train.state.checkpoint import Checkpoints, newest, read_facts, snapshot
+from yuanmoe.train.state.stored import Stored
+from yuanmoe.train.steps.loop import Training
 
 
 def run(made, words, size, folder, steps, resume=False, layers=None):

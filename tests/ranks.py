@@ -20,7 +20,7 @@ SLOW_S = 60.0
 """Seconds after which ranks are taken to hang."""
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch.distributed", "small_models", "yuanmoe.train.loop"])
+_processes.set_forkserver_preload(["torch.distributed", "small_models", "yuanmoe.train.steps.loop"])
 
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any, slow_s: float = SLOW_S) -> list[Any]:

@@ -5,12 +5,12 @@ import torch.distributed as dist
 
 from small_models import random_model
 from yuanmoe.ops.cross_entropy import head_cross_entropy
-from yuanmoe.train.expert_parallel import is_expert, shard_experts
-from yuanmoe.train.optim import Optimizer
-from yuanmoe.train.pipeline import evaluate_in_pipeline, learn_in_pipeline, losses_in_pipeline
-from yuanmoe.train.recipe import OptimizerSettings, RunSettings
-from yuanmoe.train.stages import Stages
-from yuanmoe.train.start import prepared
+from yuanmoe.train.parallel.expert_parallel import is_expert, shard_experts
+from yuanmoe.train.parallel.pipeline import evaluate_in_pipeline, learn_in_pipeline, losses_in_pipeline
+from yuanmoe.train.parallel.stages import Stages
+from yuanmoe.train.recipe.recipe import OptimizerSettings, RunSettings
+from yuanmoe.train.start.model import prepared
+from yuanmoe.train.steps.optim import Optimizer
 
 ADAMW = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1)
 

@@ -14,9 +14,9 @@ from yuanmoe.cli import main
 from yuanmoe.config import preset
 from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
 from yuanmoe.data.prepare.pack import pack_texts
-from yuanmoe.train.loop import Training
-from yuanmoe.train.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
-from yuanmoe.train.start import new_model
+from yuanmoe.train.recipe.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
+from yuanmoe.train.start.model import new_model
+from yuanmoe.train.steps.loop import Training
 
 LENGTH, BATCH = 16, 8
 

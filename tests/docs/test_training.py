@@ -17,8 +17,8 @@ from yuanmoe.cli import main
 from yuanmoe.reports.training_page import Series, chart, run_page
 from yuanmoe.storage.run_folder import RECIPE, SAMPLES, read_lines, read_metrics
 from yuanmoe.train.board import Board
-from yuanmoe.train.recipes import named
-from yuanmoe.train.settings import flat, override
+from yuanmoe.train.recipe.recipes import named
+from yuanmoe.train.recipe.settings import flat, override
 
 DOCUMENTED = ("nano", "small", "ablation-826m", "m32-pretrain", "m32-sft", "m32-lora")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"

@@ -24,11 +24,11 @@ from yuanmoe.errors import CheckpointError, ConfigError
 from yuanmoe.model.lora.targets import LoraSettings
 from yuanmoe.plan.device.machine import Rate
 from yuanmoe.storage.run_folder import read_metrics
-from yuanmoe.train.checkpoint import FACTS, steps
-from yuanmoe.train.loop import Training
-from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.recipes import named
-from yuanmoe.train.state import TENSORS
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.recipe.recipes import named
+from yuanmoe.train.state.checkpoint import FACTS, steps
+from yuanmoe.train.state.stored import TENSORS
+from yuanmoe.train.steps.loop import Training
 
 TINY = (
     "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=2", "schedule.max_tokens=384",

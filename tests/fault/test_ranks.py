@@ -13,7 +13,7 @@ import pytest
 from small_runs import FIELDS_OF_TIME, arguments, write_tokens
 from yuanmoe.checkpoint.write.verify import verify
 from yuanmoe.storage.run_folder import read_metrics
-from yuanmoe.train.checkpoint import newest, steps
+from yuanmoe.train.state.checkpoint import newest, steps
 
 LONG = ("schedule.max_tokens=128000", "run.prompts=[]", "run.milestones=1")
 

@@ -15,8 +15,8 @@ from small_runs import FIELDS_OF_TIME, arguments, call, write_tokens
 from small_tokenizers import bpe
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.storage.run_folder import ENVIRONMENT, SAMPLES, read_lines, read_metrics
-from yuanmoe.train.checkpoint import FACTS, steps
-from yuanmoe.train.state import TENSORS
+from yuanmoe.train.state.checkpoint import FACTS, steps
+from yuanmoe.train.state.stored import TENSORS
 
 OFTEN = ("run.checkpoint_steps=3",)
 SLOW_S = 0.02

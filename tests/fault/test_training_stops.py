@@ -23,15 +23,15 @@ from yuanmoe.data.sets.megatron import write_megatron
 from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.errors import CheckpointError, DataError, ResourceError, TokenizerError, TrainingError
 from yuanmoe.storage.run_folder import read_metrics
-from yuanmoe.train import guard
-from yuanmoe.train.checkpoint import Checkpoints, newest, read_facts, snapshot, steps, surplus
-from yuanmoe.train.data import open_data
-from yuanmoe.train.meter import read
-from yuanmoe.train.passes import Passes
-from yuanmoe.train.recipes import named
-from yuanmoe.train.settings import override
-from yuanmoe.train.start import new_model
-from yuanmoe.train.state import Stored
+from yuanmoe.train.recipe.recipes import named
+from yuanmoe.train.recipe.settings import override
+from yuanmoe.train.start.data import open_data
+from yuanmoe.train.start.model import new_model
+from yuanmoe.train.state.checkpoint import Checkpoints, newest, read_facts, snapshot, steps, surplus
+from yuanmoe.train.state.stored import Stored
+from yuanmoe.train.steps import guard
+from yuanmoe.train.steps.meter import read
+from yuanmoe.train.steps.passes import Passes
 
 BAD_STEP = 7
 

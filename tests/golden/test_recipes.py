@@ -10,11 +10,11 @@ from yuanmoe.config import preset
 from yuanmoe.errors import ConfigError, UsageError
 from yuanmoe.model.lora.targets import num_parameters, targets
 from yuanmoe.plan import cost
-from yuanmoe.train.meter import flops_per_token
-from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.recipes import RECIPES, named
-from yuanmoe.train.schedule import learning_rate, spent
-from yuanmoe.train.settings import differences, flat, override
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.recipe.recipes import RECIPES, named
+from yuanmoe.train.recipe.settings import differences, flat, override
+from yuanmoe.train.steps.meter import flops_per_token
+from yuanmoe.train.steps.schedule import learning_rate, spent
 
 
 def test_m32_pretraining_is_the_published_one():

@@ -18,8 +18,8 @@ from yuanmoe.errors import CheckpointError
 from yuanmoe.plan import cost
 from yuanmoe.shipped import CARD, model_folder, small_folder
 from yuanmoe.storage.run_folder import RECIPE
-from yuanmoe.train.recipes import CODE_PROMPTS, small
-from yuanmoe.train.settings import override
+from yuanmoe.train.recipe.recipes import CODE_PROMPTS, small
+from yuanmoe.train.recipe.settings import override
 
 MIB = 1 << 20
 

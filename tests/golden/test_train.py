@@ -17,11 +17,11 @@ from yuanmoe.ops.cross_entropy import head_cross_entropy_reference
 from yuanmoe.ops.products.grouped import experts_reference
 from yuanmoe.ops.relations import relate_reference
 from yuanmoe.plan import cost
-from yuanmoe.train import loop, step
-from yuanmoe.train.loop import Training
-from yuanmoe.train.meter import balance, bits_per_byte, flops_per_token, metrics, read
-from yuanmoe.train.start import new_model
-from yuanmoe.train.step import Windows, evaluate, forward_loss
+from yuanmoe.train.start.model import new_model
+from yuanmoe.train.steps import loop, step
+from yuanmoe.train.steps.loop import Training
+from yuanmoe.train.steps.meter import balance, bits_per_byte, flops_per_token, metrics, read
+from yuanmoe.train.steps.step import Windows, evaluate, forward_loss
 
 # Of `recipe` on `text`, in nats a token; float32 sums of another machine may differ in the last decimals. The next test
 # ties the first half of it to plain operations.

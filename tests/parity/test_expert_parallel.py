@@ -6,7 +6,7 @@ import torch
 import sharded_work as work
 from ranks import on_ranks
 from small_models import random_ids, small_config
-from yuanmoe.train.expert_parallel import is_expert
+from yuanmoe.train.parallel.expert_parallel import is_expert
 
 CASES = {
     "m32": ({}, ()),

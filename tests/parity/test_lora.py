@@ -22,9 +22,9 @@ from yuanmoe.ops.products.low_rank import Factors
 from yuanmoe.ops.products.packed_linear import packed_linear
 from yuanmoe.ops.quantize.groupwise import dequantize, pack, round_activations
 from yuanmoe.ops.quantize.groupwise import quantize as quantize_weight
-from yuanmoe.train.balance import balance_loss
-from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.step import Windows, forward_loss
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.steps.balance import balance_loss
+from yuanmoe.train.steps.step import Windows, forward_loss
 
 KINDS = {
     "q": {}, "k": {}, "v": {}, "o": {}, "lfa": {}, "experts": {}, "head": {"tie_word_embeddings": False},

@@ -6,8 +6,8 @@ import torch
 import sharded_work as work
 from ranks import on_ranks
 from small_models import random_ids, small_config
-from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.step import Windows, evaluate, learn, window_losses
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.steps.step import Windows, evaluate, learn, window_losses
 
 NONE, BALANCED = BalanceSettings(), BalanceSettings(auxiliary_loss=0.1, z_loss=0.01)
 

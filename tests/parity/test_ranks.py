@@ -13,11 +13,11 @@ from yuanmoe.checkpoint.write.verify import verify
 from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.lora.targets import LoraSettings
-from yuanmoe.train.checkpoint import newest
-from yuanmoe.train.layout import layout_of
-from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.start import new_model
-from yuanmoe.train.state import Stored
+from yuanmoe.train.parallel.layout import layout_of
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.start.model import new_model
+from yuanmoe.train.state.checkpoint import newest
+from yuanmoe.train.state.stored import Stored
 
 STEPS = 20
 

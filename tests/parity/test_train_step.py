@@ -12,13 +12,13 @@ from yuanmoe.checkpoint.write.save import save_native, save_official
 from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.router import AttentionRouter, LinearRouter, choose
-from yuanmoe.train.balance import RouterBiases, auxiliary_loss, balance_loss
-from yuanmoe.train.loop import Training
-from yuanmoe.train.meter import balance
-from yuanmoe.train.optim import Optimizer, param_groups
-from yuanmoe.train.recipe import BalanceSettings, OptimizerSettings
-from yuanmoe.train.start import loaded_model, new_model, on_weights
-from yuanmoe.train.step import Windows, forward_loss, learn
+from yuanmoe.train.recipe.recipe import BalanceSettings, OptimizerSettings
+from yuanmoe.train.start.model import loaded_model, new_model, on_weights
+from yuanmoe.train.steps.balance import RouterBiases, auxiliary_loss, balance_loss
+from yuanmoe.train.steps.loop import Training
+from yuanmoe.train.steps.meter import balance
+from yuanmoe.train.steps.optim import Optimizer, param_groups
+from yuanmoe.train.steps.step import Windows, forward_loss, learn
 
 NONE = BalanceSettings()
 

@@ -16,13 +16,13 @@ from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, Source
 from yuanmoe.data.prepare.formats import FormatOptions
 from yuanmoe.data.prepare.pack import PackOptions, pack, pack_texts
 from yuanmoe.text.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
-from yuanmoe.train.data import open_data
-from yuanmoe.train.loop import Training
-from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.recipes import named
-from yuanmoe.train.settings import override
-from yuanmoe.train.start import new_model
-from yuanmoe.train.step import Windows, evaluate, learn, window_losses
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.recipe.recipes import named
+from yuanmoe.train.recipe.settings import override
+from yuanmoe.train.start.data import open_data
+from yuanmoe.train.start.model import new_model
+from yuanmoe.train.steps.loop import Training
+from yuanmoe.train.steps.step import Windows, evaluate, learn, window_losses
 
 NONE = BalanceSettings()
 

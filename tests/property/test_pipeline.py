@@ -8,7 +8,7 @@ from small_models import configs, small_config
 from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cluster.layout import balanced_stages, check_stages
-from yuanmoe.train.pipeline import passes
+from yuanmoe.train.parallel.pipeline import passes
 
 SCHEDULES = st.sampled_from(["1f1b", "gpipe"])
 STAGES, MICRO_BATCHES = st.integers(1, 7), st.integers(1, 12)

@@ -19,7 +19,7 @@ from yuanmoe.cli.output import people, print_result
 from yuanmoe.cli.stages import Stage, Stages
 from yuanmoe.plan import cost
 from yuanmoe.shipped import SMALL
-from yuanmoe.train.recipes import CODE_PROMPTS, nano
+from yuanmoe.train.recipe.recipes import CODE_PROMPTS, nano
 from yuanmoe.units import format_count, parse_size
 
 SAMPLING = {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 0}

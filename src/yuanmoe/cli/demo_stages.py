@@ -22,7 +22,7 @@ from yuanmoe.errors import DataError
 from yuanmoe.plan import cost
 from yuanmoe.text.bpe import train_bpe
 from yuanmoe.text.tokenizer import load_tokenizer
-from yuanmoe.train.recipe import Recipe
+from yuanmoe.train.recipe.recipe import Recipe
 from yuanmoe.units import format_count, format_size
 
 LEFT_OUT = "encodings/"
@@ -149,8 +149,8 @@ def make_model(folder: Path, recipe: Recipe, console: Console) -> dict[str, Any]
     # Torch takes seconds to import: too long for those before it, and for `--help`.
     from yuanmoe.checkpoint.write.save import save_official
     from yuanmoe.cli.training import Job, run_training
-    from yuanmoe.train.data import open_data
-    from yuanmoe.train.start import new_model
+    from yuanmoe.train.start.data import open_data
+    from yuanmoe.train.start.model import new_model
 
     data = open_data([(1.0, folder / "tokens")], recipe)
     console.print(f"  model      {describe_model(recipe.model)}", soft_wrap=True)

@@ -17,11 +17,11 @@ from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.layout import Layout
 from yuanmoe.plan.device.machine import read_machine
-from yuanmoe.train.layout import laid_out, layout_of
-from yuanmoe.train.recipe import Recipe
-from yuanmoe.train.recipes import RECIPES, named
-from yuanmoe.train.schedule import spent
-from yuanmoe.train.settings import differences, flat, override
+from yuanmoe.train.parallel.layout import laid_out, layout_of
+from yuanmoe.train.recipe.recipe import Recipe
+from yuanmoe.train.recipe.recipes import RECIPES, named
+from yuanmoe.train.recipe.settings import differences, flat, override
+from yuanmoe.train.steps.schedule import spent
 from yuanmoe.units import format_count, format_size
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from yuanmoe.checkpoint.open import Source
     from yuanmoe.cli.training import Job
-    from yuanmoe.train.data import TrainingData
-    from yuanmoe.train.ranks import Ranks
+    from yuanmoe.train.parallel.ranks import Ranks
+    from yuanmoe.train.start.data import TrainingData
 
 CHECKPOINTS = "checkpoints"
 STATE_BYTES = {"float32": 16, "bfloat16": 18}
@@ -146,7 +146,7 @@ def _open(init: Path | None) -> "Source | None":
 def _resolve(recipe: Recipe, weights: "Source | None", context: int | None, settings: list[str]) -> Recipe:
     """The recipe as it will run: on the sizes of given weights, for longer windows, with single settings last."""
     if weights is not None:
-        from yuanmoe.train.start import on_weights
+        from yuanmoe.train.start.model import on_weights
 
         recipe = on_weights(recipe, weights.config)
     if context is not None:
@@ -168,9 +168,9 @@ def _train(
     import torch
 
     from yuanmoe.cli.training import run_training
-    from yuanmoe.train.checkpoint import newest
-    from yuanmoe.train.data import open_data
-    from yuanmoe.train.ranks import joined, local_device, local_place
+    from yuanmoe.train.parallel.ranks import joined, local_device, local_place
+    from yuanmoe.train.start.data import open_data
+    from yuanmoe.train.state.checkpoint import newest
 
     place_of_rank = local_device(device)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_place()[1]))
@@ -197,9 +197,9 @@ def _job(
     from yuanmoe.checkpoint.formats.native_config import Origin
     from yuanmoe.cli.lora import print_adapted
     from yuanmoe.cli.training import Job
-    from yuanmoe.train.adapt import adapted_model
-    from yuanmoe.train.shard import sharded
-    from yuanmoe.train.start import loaded_model, new_model
+    from yuanmoe.train.parallel.shard import sharded
+    from yuanmoe.train.start.adapt import adapted_model
+    from yuanmoe.train.start.model import loaded_model, new_model
 
     origin, base, computed = Origin(), None, recipe if ranks.layout is None else laid_out(recipe, ranks.layout)
     with console.status("making the model"):
@@ -233,7 +233,7 @@ def _checkpoint(
 
     Raises UsageError where a run is in the way, or is to go on with something else than it began with.
     """
-    from yuanmoe.train.checkpoint import newest, read_facts, steps
+    from yuanmoe.train.state.checkpoint import newest, read_facts, steps
 
     checkpoints = place.folder / CHECKPOINTS
     if place.resume:
@@ -279,7 +279,7 @@ def _check_memory(recipe: Recipe, weights: "Source | None", device: str, ranks: 
 
     Every rank begins with the whole model, and then gives up what others hold.
     """
-    from yuanmoe.train.ranks import local_place
+    from yuanmoe.train.parallel.ranks import local_place
 
     parameters = sum(cost.parameters(recipe.model).values())
     state, weight = STATE_BYTES[recipe.run.dtype], WEIGHT_BYTES[recipe.run.dtype]

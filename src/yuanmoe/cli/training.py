@@ -25,15 +25,15 @@ from yuanmoe.reports.training_page import write_run_page
 from yuanmoe.storage.run_folder import RunFolder
 from yuanmoe.text.tokenizer import load_tokenizer
 from yuanmoe.train.board import Board
-from yuanmoe.train.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, snapshot
-from yuanmoe.train.data import TrainingData
-from yuanmoe.train.loop import Progress, Training
-from yuanmoe.train.meter import Reading, bits_per_byte, flops_per_token, metrics, read
-from yuanmoe.train.ranks import ALONE, Ranks
-from yuanmoe.train.recipe import Recipe
-from yuanmoe.train.shard import ready_to_use
-from yuanmoe.train.stages import state_dtype
-from yuanmoe.train.state import Stored
+from yuanmoe.train.parallel.ranks import ALONE, Ranks
+from yuanmoe.train.parallel.shard import ready_to_use
+from yuanmoe.train.parallel.stages import state_dtype
+from yuanmoe.train.recipe.recipe import Recipe
+from yuanmoe.train.start.data import TrainingData
+from yuanmoe.train.state.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, snapshot
+from yuanmoe.train.state.stored import Stored
+from yuanmoe.train.steps.loop import Progress, Training
+from yuanmoe.train.steps.meter import Reading, bits_per_byte, flops_per_token, metrics, read
 
 SAMPLE_WINDOWS = 256
 """Held-out windows, spread evenly, that are measured while training goes on; all of them at its end."""

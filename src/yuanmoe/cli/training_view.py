@@ -1,7 +1,7 @@
 """A training run on the terminal: loss, speed beside the machine's measured peak, and every layer's experts at work.
 
-Where stderr is no terminal, the same numbers in a plain line now and then. Not here: what they mean (`train/meter.py`).
-Legend: L layers with experts, E experts.
+Where stderr is no terminal, the same numbers in a plain line now and then. Not here: what they mean
+(`train/steps/meter.py`). Legend: L layers with experts, E experts.
 """
 
 import time
@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from yuanmoe.cli.experts import colour
-from yuanmoe.train.loop import Progress
-from yuanmoe.train.meter import Balance, Reading
+from yuanmoe.train.steps.loop import Progress
+from yuanmoe.train.steps.meter import Balance, Reading
 from yuanmoe.units import format_count
 
 BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"

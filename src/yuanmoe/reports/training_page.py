@@ -1,7 +1,7 @@
 """The report of a training run, as one HTML file that needs nothing else: made of what the run's folder holds.
 
 Curves are inline SVG of at most `POINTS` points, so that the file of a long run stays small. Not here: the numbers
-(`train/meter.py`), how a heat map is drawn (`page.py`).
+(`train/steps/meter.py`), how a heat map is drawn (`page.py`).
 """
 
 import json

@@ -21,15 +21,15 @@ from yuanmoe.checkpoint.formats.native_config import parse_dtype
 from yuanmoe.data.loader.loader import Batch
 from yuanmoe.errors import DataError
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.train import guard
-from yuanmoe.train.balance import RouterBiases
-from yuanmoe.train.optim import Optimizer
-from yuanmoe.train.passes import Passes
-from yuanmoe.train.ranks import ALONE, Ranks
-from yuanmoe.train.recipe import Recipe
-from yuanmoe.train.schedule import learning_rate, spent
-from yuanmoe.train.state import Stored
-from yuanmoe.train.step import Learned
+from yuanmoe.train.parallel.ranks import ALONE, Ranks
+from yuanmoe.train.recipe.recipe import Recipe
+from yuanmoe.train.state.stored import Stored
+from yuanmoe.train.steps import guard
+from yuanmoe.train.steps.balance import RouterBiases
+from yuanmoe.train.steps.optim import Optimizer
+from yuanmoe.train.steps.passes import Passes
+from yuanmoe.train.steps.schedule import learning_rate, spent
+from yuanmoe.train.steps.step import Learned
 
 RECENT_STEPS = 32
 """Steps that are remembered, for what they say together (`meter`) and to tell a spike (`guard`)."""

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.distributed import P2POp
 
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.train.balance import balance_loss
-from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.stages import Stages, state_dtype
-from yuanmoe.train.step import Learned, StepSize, Windows, expert_load
+from yuanmoe.train.parallel.stages import Stages, state_dtype
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.steps.balance import balance_loss
+from yuanmoe.train.steps.step import Learned, StepSize, Windows, expert_load
 
 Schedule = Literal["1f1b", "gpipe"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.router import Routing
-from yuanmoe.train.recipe import BalanceSettings
+from yuanmoe.train.recipe.recipe import BalanceSettings
 
 _BIAS = "router_bias."
 

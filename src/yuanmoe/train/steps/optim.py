@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from yuanmoe.train.part import part_of
-from yuanmoe.train.ranks import ALONE, Ranks
-from yuanmoe.train.recipe import OptimizerSettings
-from yuanmoe.train.state import Stored, key_of
+from yuanmoe.train.parallel.part import part_of
+from yuanmoe.train.parallel.ranks import ALONE, Ranks
+from yuanmoe.train.recipe.recipe import OptimizerSettings
+from yuanmoe.train.state.stored import Stored, key_of
 
 _MASTER, _MEAN, _SQUARE = "master.", "exp_avg.", "exp_avg_sq."
 

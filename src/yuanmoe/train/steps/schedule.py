@@ -5,7 +5,7 @@ All shares are of the budget, from 0 to 1, so that a budget in seconds and one i
 
 import math
 
-from yuanmoe.train.recipe import Recipe, ScheduleSettings
+from yuanmoe.train.recipe.recipe import Recipe, ScheduleSettings
 
 
 def spent(recipe: Recipe, step: int, elapsed_s: float) -> float:

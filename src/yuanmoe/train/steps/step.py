@@ -15,8 +15,8 @@ from yuanmoe.data.loader.loader import Batch
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.ops.cross_entropy import head_cross_entropy
-from yuanmoe.train.balance import balance_loss
-from yuanmoe.train.recipe import BalanceSettings
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.steps.balance import balance_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@
 | file | holds |
 |---|---|
 | training.safetensors | float32 masters of bfloat16 weights, AdamW's moments, sums of router biases |
-| training-K-of-N.safetensors | the same in pieces, where N ranks hold them (`state.py`) |
+| training-K-of-N.safetensors | the same in pieces, where N ranks hold them (`stored.py`) |
 | training.json | step, time, schedule, the last steps, held-out losses, the recipe and what names the data |
 
 A run of LoRA holds its adapter there, as `checkpoint/adapters/adapter.py` writes it, and nothing of the base.
@@ -42,9 +42,9 @@ from yuanmoe.errors import CheckpointError, YuanError
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.storage.folder import disk_errors
 from yuanmoe.storage.json_file import read_json
-from yuanmoe.train.ranks import ALONE, Ranks, new_group
-from yuanmoe.train.shard import whole_weights
-from yuanmoe.train.state import TENSORS, piece_name
+from yuanmoe.train.parallel.ranks import ALONE, Ranks, new_group
+from yuanmoe.train.parallel.shard import whole_weights
+from yuanmoe.train.state.stored import TENSORS, piece_name
 
 FACTS = "training.json"
 PREFIX = "step-"

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
 from yuanmoe.model.experts import MixtureOfExperts
-from yuanmoe.train.expert_parallel import is_expert, shard_experts
-from yuanmoe.train.ranks import ALONE, Ranks
+from yuanmoe.train.parallel.expert_parallel import is_expert, shard_experts
+from yuanmoe.train.parallel.ranks import ALONE, Ranks
 
 
 def sharded(model: YuanForCausalLM, ranks: Ranks) -> YuanForCausalLM:

@@ -27,7 +27,7 @@ from yuanmoe.model.router import Routing
 from yuanmoe.model.state.sequences import Sequences
 from yuanmoe.plan.cluster.layout import check_stages
 from yuanmoe.plan.cluster.split import spans
-from yuanmoe.train.step import Windows, head_loss
+from yuanmoe.train.steps.step import Windows, head_loss
 
 EMBEDDING = "model.embed_tokens.weight"
 

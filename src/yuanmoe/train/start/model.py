@@ -14,7 +14,7 @@ from yuanmoe.checkpoint.open import Source
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
-from yuanmoe.train.recipe import Recipe, RunSettings
+from yuanmoe.train.recipe.recipe import Recipe, RunSettings
 
 _COMPUTED = ("rope_theta", "rope_angles", "packing", "attention_dropout")
 """Fields of a model that change what is computed and no weight."""

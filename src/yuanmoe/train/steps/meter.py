@@ -10,8 +10,8 @@ from typing import Any
 
 from yuanmoe.checkpoint.adapters.adapter import active_parameters
 from yuanmoe.plan import cost
-from yuanmoe.train.loop import Progress
-from yuanmoe.train.recipe import Recipe
+from yuanmoe.train.recipe.recipe import Recipe
+from yuanmoe.train.steps.loop import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from yuanmoe.train.expert_parallel import is_expert
-from yuanmoe.train.ranks import Ranks
+from yuanmoe.train.parallel.expert_parallel import is_expert
+from yuanmoe.train.parallel.ranks import Ranks
 
 # torch 2.13 renamed both and warns of the old names.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

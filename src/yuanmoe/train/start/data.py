@@ -17,7 +17,7 @@ from yuanmoe.data.sets.manifest import MANIFEST
 from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.errors import DataError
 from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
-from yuanmoe.train.recipe import Recipe
+from yuanmoe.train.recipe.recipe import Recipe
 
 TRAIN, HELDOUT = "train", "heldout"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from yuanmoe.config import ModelConfig, preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.lora.targets import LoraSettings
-from yuanmoe.train.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
+from yuanmoe.train.recipe.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
 
 CODE_PROMPTS = ("def read_lines(path):\n    ", "class Stack:\n    def __init__(self", "import os\n\nfor name in ")
 TEXT_PROMPTS = ("The capital of France is", "def fibonacci(n):")

@@ -21,8 +21,8 @@ from yuanmoe.checkpoint.load import usable_device
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ResourceError, TrainingError
 from yuanmoe.plan.cluster.layout import Layout
-from yuanmoe.train.expert_parallel import is_expert
-from yuanmoe.train.stages import EMBEDDING, Stages
+from yuanmoe.train.parallel.expert_parallel import is_expert
+from yuanmoe.train.parallel.stages import EMBEDDING, Stages
 
 TIMEOUT = timedelta(minutes=10)
 """After so long without an answer a rank takes the others to be dead. A save, a sample or a first compilation of one

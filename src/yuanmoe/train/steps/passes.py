@@ -10,10 +10,10 @@ import torch
 
 from yuanmoe.data.loader.loader import Batch
 from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.train.pipeline import evaluate_in_pipeline, learn_in_pipeline, losses_in_pipeline
-from yuanmoe.train.ranks import Ranks
-from yuanmoe.train.recipe import BalanceSettings
-from yuanmoe.train.step import Learned, StepSize, Windows, evaluate, learn, window_losses
+from yuanmoe.train.parallel.pipeline import evaluate_in_pipeline, learn_in_pipeline, losses_in_pipeline
+from yuanmoe.train.parallel.ranks import Ranks
+from yuanmoe.train.recipe.recipe import BalanceSettings
+from yuanmoe.train.steps.step import Learned, StepSize, Windows, evaluate, learn, window_losses
 
 
 class Passes:

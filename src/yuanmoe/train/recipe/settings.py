@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from yuanmoe.errors import UsageError
-from yuanmoe.train.recipe import Recipe
+from yuanmoe.train.recipe.recipe import Recipe
 
 _WORDS = {"true": True, "false": False}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cluster.layout import SHARDING, Layout, balanced_stages, check_expert_ranks, check_stages, read_stages
-from yuanmoe.train.recipe import Recipe
+from yuanmoe.train.recipe.recipe import Recipe
 
 _NUMBERS = {"dp": "data", "pp": "stages", "ep": "experts", "mb": "micro_batch"}
 _CHECKPOINTING = ("none", "full")

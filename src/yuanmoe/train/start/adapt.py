@@ -17,8 +17,8 @@ from yuanmoe.checkpoint.open import Source
 from yuanmoe.model.decoder import YuanForCausalLM
 from yuanmoe.model.lora.attach import attach, new_factors
 from yuanmoe.model.lora.targets import targets
-from yuanmoe.train.recipe import Recipe
-from yuanmoe.train.start import prepared
+from yuanmoe.train.recipe.recipe import Recipe
+from yuanmoe.train.start.model import prepared
 
 
 def adapted_model(

@@ -1,0 +1,1 @@
+"""A run on several ranks: who holds what, and how they meet."""

@@ -1,0 +1,1 @@
+"""What a run is to do: recipes, their names, and their settings by name."""

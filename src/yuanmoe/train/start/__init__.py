@@ -1,0 +1,1 @@
+"""What a run begins with: a model, LoRA beside a frozen one, data."""
