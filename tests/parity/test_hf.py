@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-import yuanmoe.hf
+import yuanmoe.hosts.hf
 from checkpoint_writers import (
     EMBEDDING,
     HEAD,
@@ -30,7 +30,7 @@ from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.formats.official_config import official_config
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.errors import CheckpointError, ConfigError, MissingExtraError
-from yuanmoe.hf import YuanConfig, YuanForCausalLM
+from yuanmoe.hosts.hf import YuanConfig, YuanForCausalLM
 from yuanmoe.model.decoder import YuanForCausalLM as NativeModel
 
 load = AutoModelForCausalLM.from_pretrained
@@ -218,7 +218,7 @@ def test_what_cannot_be_loaded_is_refused(folders):
 
 def test_transformers_that_is_missing_or_too_old_is_named(monkeypatch):
     def import_again():
-        spec = importlib.util.spec_from_file_location("hf_again", yuanmoe.hf.__file__)
+        spec = importlib.util.spec_from_file_location("hf_again", yuanmoe.hosts.hf.__file__)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.57.1")

@@ -17,7 +17,7 @@ from checkpoint_writers import official_json, official_state, random_state, writ
 from small_models import small_config
 from small_tokenizers import TEXT, bpe, sentencepiece_model, small_sentencepiece
 from yuanmoe.errors import TokenizerError, UsageError
-from yuanmoe.hf import YuanTokenizer
+from yuanmoe.hosts.hf import YuanTokenizer
 from yuanmoe.text.chat import render_chat
 from yuanmoe.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from yuanmoe.text.tokenizer import load_tokenizer

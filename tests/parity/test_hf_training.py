@@ -14,7 +14,7 @@ from checkpoint_writers import random_state
 from small_models import random_ids, small_config
 from yuanmoe.checkpoint.formats.official_config import official_config
 from yuanmoe.errors import UsageError
-from yuanmoe.hf import YuanConfig, YuanForCausalLM
+from yuanmoe.hosts.hf import YuanConfig, YuanForCausalLM
 from yuanmoe.model.decoder import YuanForCausalLM as NativeModel
 
 # transformers warns of names that it renamed while PEFT and older versions still need them.

@@ -258,7 +258,7 @@ def test_merged_weights_are_the_adapted_model(tmp_path, tied):
 def peft_logits(config: ModelConfig, folder, adapter: Adapter, ids):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from yuanmoe.hf import YuanForCausalLM
+    from yuanmoe.hosts.hf import YuanForCausalLM
 
     transformers.logging.disable_progress_bar()
     save_official(random_model(config).state_dict(), config, folder / "base")

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from small_models import VARIANTS, configs, feed, greedy, random_ids, random_model, small_config
 from yuanmoe.checkpoint.formats.official_config import official_config
-from yuanmoe.hf import YuanConfig, YuanForCausalLM
+from yuanmoe.hosts.hf import YuanConfig, YuanForCausalLM
 from yuanmoe.model.state.cache import Cache
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -25,10 +25,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping  # noqa: E402
 from transformers.models.auto import tokenization_auto  # noqa: E402
 
-from yuanmoe.hf.configuration import YuanConfig  # noqa: E402
-from yuanmoe.hf.modeling import YuanForCausalLM, YuanModel  # noqa: E402
-from yuanmoe.hf.tokenizer import YuanTokenizer  # noqa: E402
-from yuanmoe.hf.weights import conversions  # noqa: E402
+from yuanmoe.hosts.hf.configuration import YuanConfig  # noqa: E402
+from yuanmoe.hosts.hf.modeling import YuanForCausalLM, YuanModel  # noqa: E402
+from yuanmoe.hosts.hf.tokenizer import YuanTokenizer  # noqa: E402
+from yuanmoe.hosts.hf.weights import conversions  # noqa: E402
 
 __all__ = ["YuanConfig", "YuanForCausalLM", "YuanModel", "YuanTokenizer"]
 

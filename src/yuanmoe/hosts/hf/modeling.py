@@ -17,8 +17,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils.generic import can_return_tuple
 
 from yuanmoe.errors import CheckpointError, UsageError
-from yuanmoe.hf.configuration import YuanConfig
-from yuanmoe.hf.sequences import CachedRows, Padding, check_cache, whole_sequences
+from yuanmoe.hosts.hf.configuration import YuanConfig
+from yuanmoe.hosts.hf.sequences import CachedRows, Padding, check_cache, whole_sequences
 from yuanmoe.model import decoder
 from yuanmoe.model.linear import Linear
 from yuanmoe.model.state.sequences import Sequences, documents_of
