@@ -17,7 +17,7 @@ from serving import serving
 from small_lm import lm_config
 from small_models import random_model
 from yuanmoe.lm import LanguageModel
-from yuanmoe.serve.launch import Settings, launch_engine
+from yuanmoe.serve.core.launch import Settings, launch_engine
 from yuanmoe.text.bpe import train_bpe
 
 ANSWER = """A **mixture of experts** replaces one large feed-forward network by many small ones, and a *router* that \

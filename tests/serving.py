@@ -13,9 +13,9 @@ from small_lm import small_lm
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.requests import Output, Stats
 from yuanmoe.lm import LanguageModel
-from yuanmoe.serve.launch import PAGE_SIZE, Launched, Settings, launch, launch_engine
-from yuanmoe.serve.server import bind, url
-from yuanmoe.serve.service import Service
+from yuanmoe.serve.core.launch import PAGE_SIZE, Launched, Settings, launch, launch_engine
+from yuanmoe.serve.core.server import bind, url
+from yuanmoe.serve.core.service import Service
 
 MODEL = "small"
 CONTEXT = 1024

@@ -19,8 +19,8 @@ from small_adapters import adapted
 from small_lm import small_lm, write_lm
 from yuanmoe.cli.main import main
 from yuanmoe.errors import MissingExtraError, UsageError
-from yuanmoe.serve.keys import entry_line, new_key, read_keys
-from yuanmoe.serve.launch import Settings, launch
+from yuanmoe.serve.core.keys import entry_line, new_key, read_keys
+from yuanmoe.serve.core.launch import Settings, launch
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(run, tmp_path)
 
 def test_listening_for_everybody_without_keys_is_warned_of(run, tmp_path, monkeypatch) -> None:
     write_lm(tmp_path)
-    monkeypatch.setattr("yuanmoe.serve.server.Server.run", lambda *_, **__: None)
+    monkeypatch.setattr("yuanmoe.serve.core.server.Server.run", lambda *_, **__: None)
     code, out, err = run("serve", "--model", tmp_path, "--port", 0, "--host", "0.0.0.0")
     assert "WARNING: anybody who reaches this address can use this server" in err
     assert code == 0

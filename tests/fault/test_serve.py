@@ -9,8 +9,8 @@ import pytest
 
 from serving import LONG, Running, running, slow_engine
 from small_lm import small_lm
-from yuanmoe.serve.app import Access
-from yuanmoe.serve.keys import ApiKeys, Client, entry_line, read_keys
+from yuanmoe.serve.core.keys import ApiKeys, Client, entry_line, read_keys
+from yuanmoe.serve.openai.app import Access
 
 SHORT = {"prompt": "def add(", "max_tokens": 2}
 
@@ -65,7 +65,7 @@ def test_a_stop_string_ends_the_sequence_in_the_engine(server: Running) -> None:
 
 
 def test_first_tokens_and_ends_wait_for_no_burst(server: Running, monkeypatch) -> None:
-    monkeypatch.setattr("yuanmoe.serve.worker.WAKE_S", 3600)
+    monkeypatch.setattr("yuanmoe.serve.core.worker.WAKE_S", 3600)
     # With log-probabilities a first token says something even if its text is half a character.
     body = LONG | {"stream": True, "logprobs": 0}
     for _ in range(2):  # the first may come to a server that woke nobody for long

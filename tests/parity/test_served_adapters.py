@@ -15,8 +15,8 @@ from yuanmoe.checkpoint.adapters.adapter import Adapter, base_of, open_adapter, 
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.cli.main import main
 from yuanmoe.errors import CheckpointError, ResourceError, UsageError
-from yuanmoe.serve.adapters import check_room, read_adapters
-from yuanmoe.serve.launch import Settings, launch
+from yuanmoe.serve.core.adapters import check_room, read_adapters
+from yuanmoe.serve.core.launch import Settings, launch
 
 HELLO = [{"role": "user", "content": "The quick brown fox"}]
 ROLES = {"poet": ("q", "v", "experts"), "clerk": ("o", "head")}

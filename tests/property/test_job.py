@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from yuanmoe.engine.requests import Output
-from yuanmoe.serve.job import Job
+from yuanmoe.serve.core.job import Job
 
 
 def test_an_error_comes_after_the_tokens_before_it():

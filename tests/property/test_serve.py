@@ -14,10 +14,10 @@ from serving import Running, running
 from small_tokenizers import SMALL, TEXT, bpe
 from yuanmoe.engine.requests import Output
 from yuanmoe.errors import UsageError
-from yuanmoe.serve.answer import Answer, token_name
-from yuanmoe.serve.schema import FunctionTool
-from yuanmoe.serve.structured import Grammars, json_grammar, lark_grammar, regex_grammar
-from yuanmoe.serve.tools import CLOSE, OPEN, Call, CallParser, Tools
+from yuanmoe.serve.core.answer import Answer, token_name
+from yuanmoe.serve.openai.schema import FunctionTool
+from yuanmoe.serve.openai.structured import Grammars, json_grammar, lark_grammar, regex_grammar
+from yuanmoe.serve.openai.tools import CLOSE, OPEN, Call, CallParser, Tools
 
 
 @pytest.fixture(scope="module")

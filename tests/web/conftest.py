@@ -15,7 +15,7 @@ from small_lm import lm_config
 from small_models import random_model
 from small_tokenizers import bpe
 from yuanmoe.lm import LanguageModel
-from yuanmoe.serve.launch import Settings, launch_engine
+from yuanmoe.serve.core.launch import Settings, launch_engine
 
 TIMEOUT_MS = 10_000
 OPTIONS = {"locale": "en-US", "viewport": {"width": 1280, "height": 800}}

@@ -11,7 +11,7 @@ import small_adapters
 from serving import serving
 from small_lm import small_lm
 from yuanmoe.checkpoint.adapters.adapter import Adapter, base_of
-from yuanmoe.serve.launch import Settings, launch
+from yuanmoe.serve.core.launch import Settings, launch
 
 LONG = "and so on, " * 400
 

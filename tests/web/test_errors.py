@@ -3,9 +3,9 @@
 import json
 
 from serving import serving
-from yuanmoe.serve.app import Access
-from yuanmoe.serve.keys import entry_line, read_keys
-from yuanmoe.serve.launch import Settings, launch_engine
+from yuanmoe.serve.core.keys import entry_line, read_keys
+from yuanmoe.serve.core.launch import Settings, launch_engine
+from yuanmoe.serve.openai.app import Access
 
 CHAT = "**/v1/chat/completions"
 

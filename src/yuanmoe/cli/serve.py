@@ -25,8 +25,8 @@ MOST_STEP_TOKENS = 512
 if TYPE_CHECKING:
     from yuanmoe.checkpoint.adapters.adapter import Adapter
     from yuanmoe.lm import LanguageModel
-    from yuanmoe.serve.app import Access
-    from yuanmoe.serve.launch import Launched
+    from yuanmoe.serve.core.launch import Launched
+    from yuanmoe.serve.openai.app import Access
 
 
 def serve(
@@ -61,8 +61,8 @@ def serve(
     drain: Annotated[int, typer.Option(min=0, help="Seconds that answers may take to finish at the end.")] = 30,
 ) -> None:
     """Serve a model to many at once: an OpenAI endpoint, and a page. Ctrl-C ends it, answers first; twice, at once."""
-    from yuanmoe.serve.launch import Settings, launch
-    from yuanmoe.serve.server import bind, url
+    from yuanmoe.serve.core.launch import Settings, launch
+    from yuanmoe.serve.core.server import bind, url
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     console = people()
@@ -106,7 +106,7 @@ def _load(
         import torch
 
         from yuanmoe.lm import open_model
-        from yuanmoe.serve.adapters import read_adapters
+        from yuanmoe.serve.core.adapters import read_adapters
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -143,9 +143,9 @@ def _access(
     host: str,
     max_body: str,
 ) -> "Access":
-    from yuanmoe.serve.app import Access
-    from yuanmoe.serve.gate import names_this_machine
-    from yuanmoe.serve.keys import ENVIRONMENT, Client, read_keys
+    from yuanmoe.serve.core.gate import names_this_machine
+    from yuanmoe.serve.core.keys import ENVIRONMENT, Client, read_keys
+    from yuanmoe.serve.openai.app import Access
 
     return Access(
         keys=read_keys(api_keys, os.environ.get(ENVIRONMENT)),
@@ -204,7 +204,7 @@ def api_key(
     max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests of this key at once.")] = None,
 ) -> None:
     """Make an API key: its hash is added to a file for `yuanmoe serve`, the key itself is shown this once."""
-    from yuanmoe.serve.keys import entry_line, new_key, read_keys
+    from yuanmoe.serve.core.keys import entry_line, new_key, read_keys
 
     if file.exists() and file.stat().st_size and name in read_keys(file, None).names:
         raise UsageError(f"{file} has a key named {name}; take out its line first, or choose another name")

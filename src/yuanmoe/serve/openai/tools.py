@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from yuanmoe.errors import UsageError
-from yuanmoe.serve.schema import ChatRequest, FunctionTool, NamedTool, ToolCall
-from yuanmoe.serve.structured import Grammar, json_schema, lark_grammar
+from yuanmoe.serve.openai.schema import ChatRequest, FunctionTool, NamedTool, ToolCall
+from yuanmoe.serve.openai.structured import Grammar, json_schema, lark_grammar
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 RESULT = "<tool_result>{}</tool_result>"

@@ -16,12 +16,12 @@ from yuanmoe.errors import UsageError
 from yuanmoe.lm import LanguageModel
 from yuanmoe.model.lora.multi_lora import MultiLora
 from yuanmoe.plan import cost
-from yuanmoe.serve.adapters import check_room, offered
-from yuanmoe.serve.app import Access, create_app
-from yuanmoe.serve.metrics import Metrics
-from yuanmoe.serve.server import Server
-from yuanmoe.serve.service import Service
-from yuanmoe.serve.worker import AnyEngine, EngineWorker
+from yuanmoe.serve.core.adapters import check_room, offered
+from yuanmoe.serve.core.metrics import Metrics
+from yuanmoe.serve.core.server import Server
+from yuanmoe.serve.core.service import Service
+from yuanmoe.serve.core.worker import AnyEngine, EngineWorker
+from yuanmoe.serve.openai.app import Access, create_app
 
 PAGE_SIZE = 32
 """Tokens of a page; what the compiled kernels read at once."""

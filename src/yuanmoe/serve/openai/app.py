@@ -21,17 +21,17 @@ from starlette.middleware.cors import CORSMiddleware
 
 from yuanmoe import __version__
 from yuanmoe.errors import YuanError
-from yuanmoe.serve.chat import chat_completion, chat_ids
-from yuanmoe.serve.completions import completion
-from yuanmoe.serve.errors import ApiError, invalid_body
-from yuanmoe.serve.events import error_response, json_response
-from yuanmoe.serve.gate import Gate
-from yuanmoe.serve.info import model_card, model_info
-from yuanmoe.serve.keys import ApiKeys, Client
-from yuanmoe.serve.metrics import CONTENT_TYPE, Metrics
-from yuanmoe.serve.routing import load_statistics
-from yuanmoe.serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from yuanmoe.serve.service import Service, check_tokens, off_loop
+from yuanmoe.serve.core.gate import Gate
+from yuanmoe.serve.core.info import model_card, model_info
+from yuanmoe.serve.core.keys import ApiKeys, Client
+from yuanmoe.serve.core.metrics import CONTENT_TYPE, Metrics
+from yuanmoe.serve.core.routing import load_statistics
+from yuanmoe.serve.core.service import Service, check_tokens, off_loop
+from yuanmoe.serve.openai.chat import chat_completion, chat_ids
+from yuanmoe.serve.openai.completions import completion
+from yuanmoe.serve.openai.errors import ApiError, invalid_body
+from yuanmoe.serve.openai.events import error_response, json_response
+from yuanmoe.serve.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 JSON_BODIES = {
     "/v1/chat/completions": ChatRequest,

@@ -12,13 +12,13 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.engine.requests import Constraint, Output, Request
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import ContextLengthError, UsageError
-from yuanmoe.serve.adapters import Offered
-from yuanmoe.serve.answer import Answer, Delta
-from yuanmoe.serve.errors import ApiError
-from yuanmoe.serve.job import Job
-from yuanmoe.serve.schema import Generation
-from yuanmoe.serve.structured import Grammar, Grammars, lark_grammar, regex_grammar
-from yuanmoe.serve.worker import EngineWorker
+from yuanmoe.serve.core.adapters import Offered
+from yuanmoe.serve.core.answer import Answer, Delta
+from yuanmoe.serve.core.job import Job
+from yuanmoe.serve.core.worker import EngineWorker
+from yuanmoe.serve.openai.errors import ApiError
+from yuanmoe.serve.openai.schema import Generation
+from yuanmoe.serve.openai.structured import Grammar, Grammars, lark_grammar, regex_grammar
 from yuanmoe.text.tokenizer import Tokenizer
 
 LONG_TEXT = 4096

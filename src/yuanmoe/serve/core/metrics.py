@@ -12,10 +12,10 @@ from prometheus_client.registry import Collector
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.engine.requests import Request
-from yuanmoe.serve.routing import routed_layers
+from yuanmoe.serve.core.routing import routed_layers
 
 if TYPE_CHECKING:
-    from yuanmoe.serve.worker import EngineWorker
+    from yuanmoe.serve.core.worker import EngineWorker
 
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 NEXT_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

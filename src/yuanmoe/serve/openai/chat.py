@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from yuanmoe.errors import UsageError
-from yuanmoe.serve.chat_answer import ChatAnswer
-from yuanmoe.serve.events import EventStream, json_response, with_reader
-from yuanmoe.serve.schema import ChatRequest, Content, Message, SchemaFormat, ToolMessage
-from yuanmoe.serve.service import Service, off_loop
-from yuanmoe.serve.structured import Grammar, json_grammar
-from yuanmoe.serve.tools import RESULT, Tools, call_text, chosen_tools
+from yuanmoe.serve.core.service import Service, off_loop
+from yuanmoe.serve.openai.chat_answer import ChatAnswer
+from yuanmoe.serve.openai.events import EventStream, json_response, with_reader
+from yuanmoe.serve.openai.schema import ChatRequest, Content, Message, SchemaFormat, ToolMessage
+from yuanmoe.serve.openai.structured import Grammar, json_grammar
+from yuanmoe.serve.openai.tools import RESULT, Tools, call_text, chosen_tools
 from yuanmoe.text.chat import encode_chat
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from yuanmoe import __version__
 from yuanmoe.plan import cost
-from yuanmoe.serve.routing import routed_layers
-from yuanmoe.serve.service import Service
+from yuanmoe.serve.core.routing import routed_layers
+from yuanmoe.serve.core.service import Service
 
 
 def model_card(service: Service, name: str) -> dict[str, Any]:

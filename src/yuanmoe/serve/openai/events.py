@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from yuanmoe.serve.errors import ApiError, api_error
-from yuanmoe.serve.job import Job
+from yuanmoe.serve.core.job import Job
+from yuanmoe.serve.openai.errors import ApiError, api_error
 
 KEEP_ALIVE_S = 15.0
 """A stream says something this often, or proxies take it for dead while a long prompt is read."""

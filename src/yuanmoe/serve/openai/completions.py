@@ -6,10 +6,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from yuanmoe.errors import UsageError
-from yuanmoe.serve.completion_answer import CompletionAnswer
-from yuanmoe.serve.events import EventStream, json_response, with_reader
-from yuanmoe.serve.schema import MAX_CHOICES, CompletionRequest
-from yuanmoe.serve.service import Service, off_loop
+from yuanmoe.serve.core.service import Service, off_loop
+from yuanmoe.serve.openai.completion_answer import CompletionAnswer
+from yuanmoe.serve.openai.events import EventStream, json_response, with_reader
+from yuanmoe.serve.openai.schema import MAX_CHOICES, CompletionRequest
 
 
 async def completion(service: Service, body: CompletionRequest, request: Request) -> Response:

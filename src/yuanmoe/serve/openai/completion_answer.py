@@ -8,12 +8,12 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
-from yuanmoe.serve.answer import LOWEST, Answer, Delta, token_name
-from yuanmoe.serve.events import event
-from yuanmoe.serve.job import Job
-from yuanmoe.serve.routing import encode_routings
-from yuanmoe.serve.schema import CompletionRequest
-from yuanmoe.serve.service import Service, new_id, stop_texts, updates, usage
+from yuanmoe.serve.core.answer import LOWEST, Answer, Delta, token_name
+from yuanmoe.serve.core.job import Job
+from yuanmoe.serve.core.routing import encode_routings
+from yuanmoe.serve.core.service import Service, new_id, stop_texts, updates, usage
+from yuanmoe.serve.openai.events import event
+from yuanmoe.serve.openai.schema import CompletionRequest
 
 
 class CompletionAnswer:

@@ -13,9 +13,9 @@ from ipaddress import ip_address
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from yuanmoe.serve.errors import ApiError
-from yuanmoe.serve.events import error_response
-from yuanmoe.serve.keys import ApiKeys, Client
+from yuanmoe.serve.core.keys import ApiKeys, Client
+from yuanmoe.serve.openai.errors import ApiError
+from yuanmoe.serve.openai.events import error_response
 
 GUARDED = ("/v1/", "/metrics", "/tokenize", "/detokenize")
 """What needs a key. The rest holds no data: `/health`, the schema, the files of the page."""

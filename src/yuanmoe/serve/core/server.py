@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from yuanmoe.errors import UsageError
-from yuanmoe.serve.worker import EngineWorker
+from yuanmoe.serve.core.worker import EngineWorker
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAST_WORDS_S = 3
