@@ -21,7 +21,7 @@ from yuanmoe.bench.synthetic import synthetic_model
 from yuanmoe.bench.timing import take_turns
 from yuanmoe.checkpoint.adapters.adapter import matrices
 from yuanmoe.checkpoint.formats.packed_weight import policy
-from yuanmoe.cli.output import people, print_result, print_table
+from yuanmoe.cli.terminal.output import people, print_result, print_table
 from yuanmoe.config import preset
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.requests import Request

@@ -32,7 +32,7 @@ from yuanmoe.bench.products import (
     rotation,
 )
 from yuanmoe.bench.synthetic import random_packed
-from yuanmoe.cli.output import people, print_result, print_table
+from yuanmoe.cli.terminal.output import people, print_result, print_table
 from yuanmoe.config import preset
 from yuanmoe.ops import native
 from yuanmoe.ops.quantize.groupwise import PackedTensor

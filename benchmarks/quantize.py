@@ -29,8 +29,8 @@ from yuanmoe.checkpoint.formats.native_config import Origin
 from yuanmoe.checkpoint.formats.packed_weight import packed_formats, policy
 from yuanmoe.checkpoint.open import Source
 from yuanmoe.checkpoint.quantize.quantize import Job, Method, run
-from yuanmoe.cli.output import people, print_result, print_table
-from yuanmoe.cli.progress import bytes_progress
+from yuanmoe.cli.terminal.output import people, print_result, print_table
+from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.config import ModelConfig, preset
 from yuanmoe.plan import cost
 from yuanmoe.plan.device.machine import read_machine

@@ -26,7 +26,7 @@ from urllib.request import urlopen
 
 from serve_clients import PROMPT_TOKENS, VOCABULARY, Clients
 
-from yuanmoe.cli.output import people, print_result, print_table
+from yuanmoe.cli.terminal.output import people, print_result, print_table
 from yuanmoe.units import format_size
 
 if TYPE_CHECKING:

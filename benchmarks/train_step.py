@@ -116,7 +116,7 @@ def take_one(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure_small(arguments: argparse.Namespace) -> dict[str, Any]:
     """Whole steps of the recipe `small`, AdamW included: the share of the matmul peak, and where the time goes."""
-    from yuanmoe.cli.probe import matmul_rate
+    from yuanmoe.cli.doctor.probe import matmul_rate
 
     recipe = small().replace("run", dtype=arguments.dtype)
     model = new_model(recipe).train()

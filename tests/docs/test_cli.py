@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from yuanmoe.cli import doctor as doctor_file
 from yuanmoe.cli import main as main_file
+from yuanmoe.cli.doctor import command as doctor_file
 from yuanmoe.cli.main import COMMANDS, load_command, main
 from yuanmoe.config import preset
 from yuanmoe.errors import ContextLengthError
@@ -158,7 +158,7 @@ def stand_in_for_plan(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> 
     def plan() -> None:
         raise error
 
-    monkeypatch.setattr("yuanmoe.cli.plan.plan", plan)
+    monkeypatch.setattr("yuanmoe.cli.plan.command.plan", plan)
 
 
 def test_an_error_of_ours_exits_1_and_shows_its_traceback_on_demand(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from small_tokenizers import bpe
-from yuanmoe.cli.data_preview import marked
+from yuanmoe.cli.data.preview import marked
 from yuanmoe.cli.main import main
 from yuanmoe.config import preset
 

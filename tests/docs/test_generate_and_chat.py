@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from small_lm import small_lm, write_lm
-from yuanmoe.cli import answer, experts
+from yuanmoe.cli.generate import answer, experts
 from yuanmoe.cli.main import main
 from yuanmoe.plan.device.machine import Rate
 

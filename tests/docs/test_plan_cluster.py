@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from yuanmoe.cli import plan as plan_file
 from yuanmoe.cli.main import main
+from yuanmoe.cli.plan import command as plan_file
 from yuanmoe.plan.device.devices import DEVICES
 from yuanmoe.plan.device.machine import Rate
 

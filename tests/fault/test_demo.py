@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from yuanmoe.cli.stages import RECORD
+from yuanmoe.cli.demo.done import RECORD
 
 ENDLESS = ("--seconds", "1000")
 TRAINING = " tokens, loss "

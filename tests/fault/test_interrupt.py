@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from small_lm import write_lm
-from yuanmoe.cli.interrupt import Interrupt
 from yuanmoe.cli.main import main
+from yuanmoe.cli.terminal.interrupt import Interrupt
 from yuanmoe.text.detokenize import StreamingDetokenizer
 
 LONG = {"max_position_embeddings": 50_000}

@@ -18,8 +18,8 @@ from small_runs import FIELDS_OF_TIME, write_tokens
 from yuanmoe.checkpoint.adapters.adapter import attach_adapter, open_adapter, save_adapter
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.quantize.quantize import quantize
-from yuanmoe.cli import training
 from yuanmoe.cli.main import main
+from yuanmoe.cli.train import job as training
 from yuanmoe.errors import CheckpointError, ConfigError
 from yuanmoe.model.lora.targets import LoraSettings
 from yuanmoe.plan.device.machine import Rate

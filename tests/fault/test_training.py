@@ -26,7 +26,9 @@ SLOW_S = 0.02
 def processes():
     """Children that have torch already: each starts in a moment, and can be killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["small_runs", "yuanmoe.cli.train", "torch.utils.tensorboard", "torch._dynamo"])
+    context.set_forkserver_preload(
+        ["small_runs", "yuanmoe.cli.train.command", "torch.utils.tensorboard", "torch._dynamo"]
+    )
     return context
 
 

@@ -15,8 +15,9 @@ from small_runs import BATCH, LENGTH, TINY, arguments, batches, recipe, training
 from small_tokenizers import bpe
 from yuanmoe.checkpoint.formats.native_config import Origin
 from yuanmoe.checkpoint.write import writer
-from yuanmoe.cli import main, training_view
-from yuanmoe.cli.training import Job, run_training
+from yuanmoe.cli import main
+from yuanmoe.cli.train import view as training_view
+from yuanmoe.cli.train.job import Job, run_training
 from yuanmoe.config import preset
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.data.sets.megatron import write_megatron

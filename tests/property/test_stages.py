@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from yuanmoe.cli.stages import RECORD, Stages
+from yuanmoe.cli.demo.done import RECORD, Stages
 from yuanmoe.errors import ResourceError
 
 

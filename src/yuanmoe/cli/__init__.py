@@ -1,1 +1,1 @@
-"""The command line: one small file for each family of commands, imported when its command is called."""
+"""The command line: one folder or file for each family of commands, imported when its command is called."""

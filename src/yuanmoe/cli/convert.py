@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from yuanmoe.cli.output import people, print_result
-from yuanmoe.cli.progress import bytes_progress
+from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.shipped import SMALL, model_folder
 from yuanmoe.units import format_size, parse_size
 

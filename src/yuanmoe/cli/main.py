@@ -18,23 +18,23 @@ from typer.core import TyperGroup
 from yuanmoe.errors import UsageError, YuanError
 
 COMMANDS = {
-    "plan": ("plan", "Will it fit, how fast, at what cost."),
-    "doctor": ("doctor", "What this machine has, what is missing, what to do."),
+    "plan": ("plan.command", "Will it fit, how fast, at what cost."),
+    "doctor": ("doctor.command", "What this machine has, what is missing, what to do."),
     "convert": ("convert", "Turn a checkpoint into the native format, or back."),
     "verify": ("convert", "Check a checkpoint: every file, tensor and shape."),
-    "quantize": ("quantize", "Write a model in 4 or 8 bits, and what that costs."),
-    "generate": ("generate", "Complete a text."),
-    "chat": ("generate", "Talk with a model."),
+    "quantize": ("quantize.command", "Write a model in 4 or 8 bits, and what that costs."),
+    "generate": ("generate.command", "Complete a text."),
+    "chat": ("generate.command", "Talk with a model."),
     "serve": ("serve", "An OpenAI endpoint and a page, for many at once."),
     "api-key": ("serve", "Make a key for the server."),
-    "inspect": ("inspect", "Look into a model: what it does with a text."),
-    "data": ("data", "Turn text into tokens to train on, and look into them."),
-    "bench": ("bench", "Measure speed side by side with transformers."),
-    "train": ("train", "Train a model: from random weights or from a checkpoint."),
-    "adapter": ("lora", "Look at what LoRA learned, merge it into weights, export it."),
-    "demo": ("demo", "Train a small model here and let it complete code."),
+    "inspect": ("inspect.command", "Look into a model: what it does with a text."),
+    "data": ("data.command", "Turn text into tokens to train on, and look into them."),
+    "bench": ("bench.command", "Measure speed side by side with transformers."),
+    "train": ("train.command", "Train a model: from random weights or from a checkpoint."),
+    "adapter": ("train.adapter", "Look at what LoRA learned, merge it into weights, export it."),
+    "demo": ("demo.command", "Train a small model here and let it complete code."),
 }
-"""Command: file of this folder, line of help."""
+"""Command: module of this folder, line of help."""
 
 LEADING_S = 2.0
 """What other ranks leave the leading one to say an error first."""
@@ -63,8 +63,8 @@ class LazyGroup(TyperGroup):
 
 def load_command(name: str) -> Any:
     """The command behind a name of the table, with its file imported."""
-    file, help_line = COMMANDS[name]
-    command = getattr(import_module(f"yuanmoe.cli.{file}"), name.replace("-", "_"))
+    module, help_line = COMMANDS[name]
+    command = getattr(import_module(f"yuanmoe.cli.{module}"), name.replace("-", "_"))
     if isinstance(command, typer.Typer):  # a family with commands of its own
         return typer.main.get_command(command)
     # Plain help: rich's takes a third of the time in which the answer should be there.

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from yuanmoe.cli.generate import Device, Dtype, KvDtype, Model, Threads
-from yuanmoe.cli.output import people, print_result
+from yuanmoe.cli.generate.command import Device, Dtype, KvDtype, Model, Threads
+from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cost import forward_flops
 from yuanmoe.plan.device.machine import measure_matmul, read_machine

@@ -2,7 +2,7 @@
 
 The result depends on the sources, the tokenizer and the options, not on the number of workers nor on interruptions.
 Memory holds a few chunks for each worker, whatever the size of the sources.
-Not here: the program (`cli/data.py`), the Megatron format (`megatron.py`).
+Not here: the program (`cli/data/command.py`), the Megatron format (`megatron.py`).
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """This machine as a device: memory, cores, CPU features, and its read bandwidth and matmul rate measured with numpy.
 
 Facts come from /proc and /sys where Linux has them, a container's memory limit included. A rate is the median of a few
-rounds with its spread, because other programs use the memory too. Not here: anything of torch (`cli/probe.py`).
+rounds with its spread, because other programs use the memory too. Not here: anything of torch (`cli/doctor/probe.py`).
 """
 
 import os

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from yuanmoe.cli.interrupt import Interrupt
-from yuanmoe.cli.output import people
+from yuanmoe.cli.terminal.interrupt import Interrupt
+from yuanmoe.cli.terminal.output import people
 from yuanmoe.plan import cost
 from yuanmoe.plan.device.machine import measure_bandwidth
 from yuanmoe.units import MIB, format_count

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from yuanmoe.cli.output import print_table
+from yuanmoe.cli.terminal.output import print_table
 from yuanmoe.units import format_size
 
 

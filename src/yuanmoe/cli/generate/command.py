@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yuanmoe.cli.answer import bandwidth_bound, bound_note, emit, speak, statistics, write
-from yuanmoe.cli.conversation import Conversation
-from yuanmoe.cli.experts import as_json, chosen_layer, coloured_writer, show_loads
-from yuanmoe.cli.output import people, print_result
+from yuanmoe.cli.generate.answer import bandwidth_bound, bound_note, emit, speak, statistics, write
+from yuanmoe.cli.generate.conversation import Conversation
+from yuanmoe.cli.generate.experts import as_json, chosen_layer, coloured_writer, show_loads
+from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 from yuanmoe.shipped import CARD, SMALL, model_folder, small_folder
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from yuanmoe.cli.output import people, print_result
-from yuanmoe.cli.progress import bytes_progress
+from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.errors import UsageError
 from yuanmoe.units import format_count, format_size, parse_size
 
@@ -131,7 +131,7 @@ def preview(
     tokenizer: TokenizerPath = None,
 ) -> None:
     """Show a document, and which of its tokens are to be learned: in green, or between {+ and +}."""
-    from yuanmoe.cli.data_preview import preview_document
+    from yuanmoe.cli.data.preview import preview_document
 
     print_result(preview_document(people(), path, document, tokens, tokenizer))
 

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from yuanmoe.cli.experts import colour
+from yuanmoe.cli.generate.experts import colour
 from yuanmoe.train.steps.loop import Progress
 from yuanmoe.train.steps.meter import Balance, Reading
 from yuanmoe.units import format_count

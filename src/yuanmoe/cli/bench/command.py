@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from yuanmoe.cli.bench_view import print_decode, print_phase
-from yuanmoe.cli.output import people, print_result
+from yuanmoe.cli.bench.view import print_decode, print_phase
+from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 
 if TYPE_CHECKING:

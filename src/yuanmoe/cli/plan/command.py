@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from yuanmoe.cli.output import people, print_result
-from yuanmoe.cli.plan_cluster import Wishes, cluster_report, request_of, show_cluster
-from yuanmoe.cli.plan_device import device_report, show_device
+from yuanmoe.cli.plan.cluster import Wishes, cluster_report, request_of, show_cluster
+from yuanmoe.cli.plan.device import device_report, show_device
+from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.config import ALIASES, PRESETS, ModelConfig, preset
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost

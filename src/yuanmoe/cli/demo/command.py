@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from yuanmoe.cli.demo_stages import Work, works
-from yuanmoe.cli.output import people, print_result
-from yuanmoe.cli.stages import Stage, Stages
+from yuanmoe.cli.demo.stages import Work, works
+from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.demo.done import Stage, Stages
 from yuanmoe.plan import cost
 from yuanmoe.shipped import SMALL
 from yuanmoe.train.recipe.recipes import CODE_PROMPTS, nano
@@ -56,7 +56,7 @@ def demo(
 def _complete(model: str | Path, console: Console) -> list[dict[str, Any]]:
     """What a model makes of the prompts, shown with its experts; and the same for programs."""
     with console.status("completing code"):
-        from yuanmoe.cli.showcase import as_json, show_completions
+        from yuanmoe.cli.generate.showcase import as_json, show_completions
         from yuanmoe.lm import load
 
         start = time.monotonic()

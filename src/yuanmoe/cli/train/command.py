@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from yuanmoe.cli.output import people, print_result
+from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.layout import Layout
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from yuanmoe.checkpoint.open import Source
-    from yuanmoe.cli.training import Job
+    from yuanmoe.cli.train.job import Job
     from yuanmoe.train.parallel.ranks import Ranks
     from yuanmoe.train.start.data import TrainingData
 
@@ -167,7 +167,7 @@ def _train(
     # Torch takes seconds to import; a wrong call has been refused by now.
     import torch
 
-    from yuanmoe.cli.training import run_training
+    from yuanmoe.cli.train.job import run_training
     from yuanmoe.train.parallel.ranks import joined, local_device, local_place
     from yuanmoe.train.start.data import open_data
     from yuanmoe.train.state.checkpoint import newest
@@ -195,8 +195,8 @@ def _job(
 ) -> "Job":
     """The run, with the model that it begins or goes on with."""
     from yuanmoe.checkpoint.formats.native_config import Origin
-    from yuanmoe.cli.lora import print_adapted
-    from yuanmoe.cli.training import Job
+    from yuanmoe.cli.train.adapter import print_adapted
+    from yuanmoe.cli.train.job import Job
     from yuanmoe.train.parallel.shard import sharded
     from yuanmoe.train.start.adapt import adapted_model
     from yuanmoe.train.start.model import loaded_model, new_model
@@ -291,7 +291,7 @@ def _check_memory(recipe: Recipe, weights: "Source | None", device: str, ranks: 
         state = max(weight, state * max(ranks.stages.layers) / recipe.model.num_hidden_layers)
     needed = parameters * state * local_place()[1]
     if recipe.lora and weights:
-        from yuanmoe.cli.lora import num_adapted
+        from yuanmoe.cli.train.adapter import num_adapted
 
         parameters = num_adapted(recipe.model, recipe.lora)
         frozen = sum(tensor.nbytes for tensor in weights.stored.values())

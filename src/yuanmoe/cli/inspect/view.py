@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from yuanmoe.cli.output import people, print_table
+from yuanmoe.cli.terminal.output import people, print_table
 
 # From an eighth of a character's height to all of it; nothing for an expert without a token.
 _BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from yuanmoe.cli.output import people, print_result, print_table
-from yuanmoe.cli.plan import read_model
+from yuanmoe.cli.plan.command import read_model
+from yuanmoe.cli.terminal.output import people, print_result, print_table
 from yuanmoe.config import PRESETS, ModelConfig, preset
 from yuanmoe.plan.cost import PRECISIONS, Precision, weight_bytes
 from yuanmoe.plan.device.devices import Device
@@ -83,7 +83,7 @@ def probe() -> tuple[dict[str, Any], list[Device]]:
     except (ImportError, OSError) as error:
         return {"error": str(error)}, []
     import_s = time.perf_counter() - start
-    from yuanmoe.cli.probe import probe_torch
+    from yuanmoe.cli.doctor.probe import probe_torch
 
     facts = probe_torch()
     return dataclasses.asdict(facts) | {"import_s": import_s}, [gpu.as_device() for gpu in facts.gpus]

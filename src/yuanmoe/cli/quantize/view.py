@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from yuanmoe.cli.output import print_table
+from yuanmoe.cli.terminal.output import print_table
 from yuanmoe.plan.cost import ROLES
 from yuanmoe.plan.device.machine import read_machine
 from yuanmoe.plan.device.planner import Load, memory

@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 
 from yuanmoe.cli.convert import Checkpoint
-from yuanmoe.cli.generate import Threads
-from yuanmoe.cli.output import people, print_result
-from yuanmoe.cli.progress import bytes_progress, tokens_progress
-from yuanmoe.cli.quantize_view import show_plan, show_quality, show_report
-from yuanmoe.cli.text_file import read_tokens
+from yuanmoe.cli.generate.command import Threads
+from yuanmoe.cli.quantize.view import show_plan, show_quality, show_report
+from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.progress import bytes_progress, tokens_progress
+from yuanmoe.cli.terminal.text_file import read_tokens
 from yuanmoe.errors import UsageError
 from yuanmoe.units import format_size, parse_size
 

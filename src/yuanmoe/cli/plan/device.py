@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from yuanmoe.cli.output import print_table
+from yuanmoe.cli.terminal.output import print_table
 from yuanmoe.config import ModelConfig
 from yuanmoe.plan import cost
 from yuanmoe.plan.device.devices import Device

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from yuanmoe.cli.output import people, print_result
-from yuanmoe.cli.progress import bytes_progress
+from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.lora.targets import LoraSettings, Shape, num_parameters, role_of, targets
 from yuanmoe.plan import cost

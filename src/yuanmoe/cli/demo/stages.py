@@ -148,7 +148,7 @@ def make_model(folder: Path, recipe: Recipe, console: Console) -> dict[str, Any]
     """model/: trained on the tokens and saved in the official layout with its tokenizer; run/: how that went."""
     # Torch takes seconds to import: too long for those before it, and for `--help`.
     from yuanmoe.checkpoint.write.save import save_official
-    from yuanmoe.cli.training import Job, run_training
+    from yuanmoe.cli.train.job import Job, run_training
     from yuanmoe.train.start.data import open_data
     from yuanmoe.train.start.model import new_model
 

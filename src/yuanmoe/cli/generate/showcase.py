@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from yuanmoe.cli.answer import spelled_out
-from yuanmoe.cli.experts import chosen_layer, colour, expert_layers, loads
+from yuanmoe.cli.generate.answer import spelled_out
+from yuanmoe.cli.generate.experts import chosen_layer, colour, expert_layers, loads
 from yuanmoe.lm import Completion, LanguageModel
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from yuanmoe.cli.output import people
+from yuanmoe.cli.terminal.output import people
 from yuanmoe.units import format_size
 
 LINE_EVERY_S = 30.0

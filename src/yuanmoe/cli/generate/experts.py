@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from yuanmoe.cli.answer import emit, visible
-from yuanmoe.cli.output import people, print_table
+from yuanmoe.cli.generate.answer import emit, visible
+from yuanmoe.cli.terminal.output import people, print_table
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 

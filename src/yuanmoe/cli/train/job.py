@@ -15,9 +15,9 @@ from rich.console import Console
 
 from yuanmoe.checkpoint.adapters.adapter import Base, adapter_of
 from yuanmoe.checkpoint.formats.native_config import Origin, parse_dtype
-from yuanmoe.cli.interrupt import Interrupt
-from yuanmoe.cli.probe import matmul_rate
-from yuanmoe.cli.training_view import TrainingView
+from yuanmoe.cli.doctor.probe import matmul_rate
+from yuanmoe.cli.terminal.interrupt import Interrupt
+from yuanmoe.cli.train.view import TrainingView
 from yuanmoe.errors import TrainingError
 from yuanmoe.lm import LanguageModel
 from yuanmoe.model.decoder import YuanForCausalLM

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yuanmoe.cli.answer import speak, statistics, write
+from yuanmoe.cli.generate.answer import speak, statistics, write
 from yuanmoe.errors import ContextLengthError, UsageError, YuanError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from yuanmoe.cli.output import print_table
+from yuanmoe.cli.terminal.output import print_table
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost

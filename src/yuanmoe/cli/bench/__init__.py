@@ -1,0 +1,1 @@
+"""`yuanmoe bench`: options and tables."""

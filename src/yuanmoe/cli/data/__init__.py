@@ -1,0 +1,1 @@
+"""`yuanmoe data`: options, and a document shown with what is learned of it."""

@@ -1,0 +1,1 @@
+"""`yuanmoe doctor`: what this machine has."""

@@ -1,0 +1,1 @@
+"""`yuanmoe inspect`: options and tables."""

@@ -1,0 +1,1 @@
+"""`yuanmoe plan`: options, and tables for one device and for a cluster."""

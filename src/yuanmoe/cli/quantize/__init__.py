@@ -1,0 +1,1 @@
+"""`yuanmoe quantize`: options, and what people are told."""

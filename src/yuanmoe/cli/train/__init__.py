@@ -1,0 +1,1 @@
+"""`yuanmoe train` and `yuanmoe adapter`: options, the run as it is shown."""
