@@ -19,7 +19,7 @@ from torch import Tensor
 from yuanmoe.bench.layers import cut
 from yuanmoe.bench.synthetic import synthetic_model
 from yuanmoe.bench.timing import take_turns
-from yuanmoe.checkpoint.adapters.adapter import matrices
+from yuanmoe.checkpoint.adapters.adapter import adaptable_matrices
 from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.cli.terminal.output import people, print_result, print_table
 from yuanmoe.config import preset
@@ -57,7 +57,7 @@ def main() -> None:
     config = cut(preset("yuan2-m32"), options.layers)
     model = synthetic_model(config, policy(config, 4))
     settings = LoraSettings(rank=options.rank)
-    shapes = targets(matrices(config), settings)
+    shapes = targets(adaptable_matrices(config), settings)
     names = [str(number) for number in range(options.adapters)]
     adapters = MultiLora(model, {name: Factors(settings, new_factors(shapes, settings, int(name))) for name in names})
     worn = {"no adapter": [None], "one adapter": names[:1], f"{options.adapters} adapters": names}

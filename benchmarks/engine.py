@@ -25,7 +25,7 @@ from yuanmoe.config import preset
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.requests import Request
 from yuanmoe.engine.sampling import SamplingParams
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 
 PROMPT_TOKENS = 32
 
@@ -50,7 +50,7 @@ class Stopwatch:
         return seconds
 
 
-def measure(model: YuanForCausalLM, batch: int, steps: int, model_watch: Stopwatch, sample_watch: Stopwatch) -> dict:
+def measure(model: CausalLM, batch: int, steps: int, model_watch: Stopwatch, sample_watch: Stopwatch) -> dict:
     """Medians over `steps` decode steps of `batch` sequences."""
     engine = Engine(model, cache_tokens=batch * model.config.max_position_embeddings, max_batch_size=batch)
     for _ in range(batch):
@@ -84,7 +84,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     config = preset(args.preset)
-    model = YuanForCausalLM(config).initialize().to(parse_dtype(args.dtype)).eval()
+    model = CausalLM(config).initialize().to(parse_dtype(args.dtype)).eval()
     model_watch, sample_watch = Stopwatch(), Stopwatch()
     model.model.forward = model_watch.timed(model.model.forward)
     model.logits = model_watch.timed(model.logits)

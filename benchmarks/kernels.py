@@ -24,10 +24,10 @@ from yuanmoe.bench.products import (
     Contender,
     int4_of_torch,
     linear_contender,
-    measure,
+    measure_contenders,
     multiply_adds,
     packed_format,
-    quantized,
+    quantized_contender,
     reading,
     rotation,
 )
@@ -77,10 +77,10 @@ def mixture(name: str, gate_up: Any, down: Any, step: Callable[..., object], tok
 def decode() -> list[Contender]:
     return [
         reading(),
-        quantized(f"attention [{HC}, {D}] 4 bits", HC, D, bits=4),
-        quantized(f"gate_up [{2 * F}, {D}] 4 bits", 2 * F, D, bits=4),
-        quantized(f"down [{D}, {F}] 4 bits", D, F, bits=4),
-        quantized(f"head [{M32.vocab_size}, {D}] 8 bits", M32.vocab_size, D, bits=8),
+        quantized_contender(f"attention [{HC}, {D}] 4 bits", HC, D, bits=4),
+        quantized_contender(f"gate_up [{2 * F}, {D}] 4 bits", 2 * F, D, bits=4),
+        quantized_contender(f"down [{D}, {F}] 4 bits", D, F, bits=4),
+        quantized_contender(f"head [{M32.vocab_size}, {D}] 8 bits", M32.vocab_size, D, bits=8),
         mixture("two experts 4 bits", *packed_experts(16), native.quantized_moe),
         int4_of_torch(f"torch int4 [{2 * F}, {D}]", 2 * F, D),
         int4_of_torch(f"torch int4 [{D}, {F}]", D, F),
@@ -96,9 +96,9 @@ def prefill() -> list[Contender]:
     peak = multiply_adds()
     return [
         *([peak] if peak else []),
-        quantized(f"attention [{HC}, {D}] 4 bits", HC, D, bits=4, tokens=PREFILL_TOKENS),
-        quantized(f"down [{D}, {F}] 4 bits", D, F, bits=4, tokens=PREFILL_TOKENS),
-        quantized(f"attention [{HC}, {D}] 8 bits", HC, D, bits=8, tokens=PREFILL_TOKENS),
+        quantized_contender(f"attention [{HC}, {D}] 4 bits", HC, D, bits=4, tokens=PREFILL_TOKENS),
+        quantized_contender(f"down [{D}, {F}] 4 bits", D, F, bits=4, tokens=PREFILL_TOKENS),
+        quantized_contender(f"attention [{HC}, {D}] 8 bits", HC, D, bits=8, tokens=PREFILL_TOKENS),
         mixture("32 experts 4 bits", *packed_experts(ROUTED_EXPERTS), native.quantized_moe, PREFILL_TOKENS),
         int4_of_torch(f"torch int4 [{HC}, {D}]", HC, D, tokens=PREFILL_TOKENS),
         dense(f"torch float32 [{HC}, {D}]", HC, D, torch.float32, PREFILL_TOKENS, ours=False),
@@ -158,7 +158,7 @@ def attention() -> list[Contender]:
 
 
 def report(name: str, contenders: list[Contender], runs: int) -> dict[str, dict[str, Any]]:
-    result = measure(contenders, runs)
+    result = measure_contenders(contenders, runs)
     rows = [[key, *(f"{row[at]:.1f}" for at in ("median", "min", "max")), row["unit"]] for key, row in result.items()]
     print_table(people(), name, ["", "median", "slowest", "fastest", ""], rows)
     return result

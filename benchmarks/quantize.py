@@ -27,8 +27,8 @@ from yuanmoe.checkpoint.files.lazy import LazyTensor
 from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.formats.native_config import Origin
 from yuanmoe.checkpoint.formats.packed_weight import packed_formats, policy
-from yuanmoe.checkpoint.open import Source
-from yuanmoe.checkpoint.quantize.quantize import Job, Method, run
+from yuanmoe.checkpoint.open import OpenCheckpoint
+from yuanmoe.checkpoint.quantize.quantize import Method, QuantizeJob, run
 from yuanmoe.cli.terminal.output import people, print_result, print_table
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.config import ModelConfig, preset
@@ -59,7 +59,7 @@ class Generated(LazyTensor):
         return torch.cat(parts)
 
 
-def synthetic(config: ModelConfig) -> Source:
+def synthetic(config: ModelConfig) -> OpenCheckpoint:
     """A checkpoint that is nowhere; norms are 1."""
     numbers = (torch.randn(NUMBERS) * SPREAD).bfloat16()
     ones = torch.ones(NUMBERS, dtype=torch.bfloat16)
@@ -68,7 +68,9 @@ def synthetic(config: ModelConfig) -> Source:
         source = ones if name.endswith("norm.weight") else numbers
         tensors[name] = Generated(shape=shape, dtype=torch.bfloat16, numbers=source, offset=index * 1_000_003 % NUMBERS)
     path = Path("synthetic")
-    return Source(path=path, format="native", config=config, tensors=tensors, stored=tensors, origin=Origin(), files=())
+    return OpenCheckpoint(
+        path=path, format="native", config=config, tensors=tensors, stored=tensors, origin=Origin(), files=()
+    )
 
 
 def peak_bytes() -> int:
@@ -81,10 +83,10 @@ def peak_bytes() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def measure(method: Method, source: Source, folder: Path) -> dict[str, Any]:
+def measure(method: Method, source: OpenCheckpoint, folder: Path) -> dict[str, Any]:
     precision = policy(source.config, 4)
     text = torch.randint(3, source.config.vocab_size, (TEXT_TOKENS,)).tolist() if method == "gptq" else []
-    job = Job(
+    job = QuantizeJob(
         source=source,
         precision=precision,
         method=method,

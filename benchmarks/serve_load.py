@@ -113,12 +113,12 @@ def random_model(folder: Path, name: str) -> Path:
     """A checkpoint of a preset with random weights, and a tokenizer of 2,048 tokens."""
     from yuanmoe.checkpoint.write.save import save_native
     from yuanmoe.config import preset
-    from yuanmoe.model.decoder import YuanForCausalLM
+    from yuanmoe.model.decoder import CausalLM
     from yuanmoe.text.bpe import train_bpe
 
     tokenizer = train_bpe([Path(file).read_text() for file in (__file__, argparse.__file__, asyncio.__file__)], 2048)
     config = preset(name, max_position_embeddings=max(CONTEXT, preset(name).max_position_embeddings))
-    save_native(YuanForCausalLM(config).initialize().state_dict(), config, folder)
+    save_native(CausalLM(config).initialize().state_dict(), config, folder)
     tokenizer.save(folder)
     return folder
 

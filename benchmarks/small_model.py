@@ -19,7 +19,7 @@ import torch
 
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.sets.manifest import Manifest
+from yuanmoe.data.sets.manifest import DatasetManifest
 from yuanmoe.plan import cost
 from yuanmoe.reports.training_page import WIDTH, Series, chart
 from yuanmoe.shipped import CARD
@@ -143,7 +143,7 @@ def facts(folder: Path, out: Path) -> dict[str, Any]:
     recipe = json.loads((folder / "run" / RECIPE).read_text(encoding="utf-8"))
     config = ModelConfig.from_dict(recipe["model"])
     last = read_metrics(folder / "run")[-1]
-    train, heldout = (Manifest.read(folder / "tokens" / part) for part in ("train", "heldout"))
+    train, heldout = (DatasetManifest.read(folder / "tokens" / part) for part in ("train", "heldout"))
     environment = json.loads((folder / "run" / ENVIRONMENT).read_text(encoding="utf-8"))
     return sources(json.loads((folder / "sources.json").read_text(encoding="utf-8"))) | {
         "total": f"{sum(cost.parameters(config).values()):,}",

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from yuanmoe.bench.layers import build, build_mixtral, cut
 from yuanmoe.bench.timing import take_turns
 from yuanmoe.config import preset
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.plan import cost
 from yuanmoe.train.recipe.recipe import BalanceSettings
 from yuanmoe.train.recipe.recipes import small
@@ -52,7 +52,7 @@ def descend(model: torch.nn.Module) -> None:
                 parameter.grad = None
 
 
-def our_step(model: YuanForCausalLM, windows: torch.Tensor) -> Callable[[], None]:
+def our_step(model: CausalLM, windows: torch.Tensor) -> Callable[[], None]:
     def step() -> None:
         learn(model, Windows(windows), len(windows), BalanceSettings())
         descend(model)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 
 State = dict[str, Tensor]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,7 +34,7 @@ def memory_folder() -> tempfile.TemporaryDirectory:
 def random_state(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> State:
     """Random weights under the names and shapes of the model itself."""
     generator = torch.Generator().manual_seed(seed)
-    own = YuanForCausalLM(config).state_dict()
+    own = CausalLM(config).state_dict()
     return {name: torch.randn(tensor.shape, generator=generator).to(dtype) for name, tensor in own.items()}
 
 
@@ -83,7 +83,7 @@ def _official_feed_forward(config: ModelConfig, role: str, tensor: Tensor) -> St
 def official_json(config: ModelConfig, **changes) -> dict:
     """A config.json as released, of an MoE model under the Attention Router or a dense one."""
     values = {
-        "architectures": ["YuanForCausalLM"],
+        "architectures": ["CausalLM"],
         "auto_map": {"AutoModelForCausalLM": "a_file_that_is_not_there.YuanForCausalLM"},
         "model_type": "yuan",
         "tokenizer_class": "YuanTokenizer",

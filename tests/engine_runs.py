@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from yuanmoe.engine.engine import Engine
-from yuanmoe.engine.requests import Output, Request
+from yuanmoe.engine.requests import Request, RequestOutput
 from yuanmoe.engine.sampling import Sampler, SamplingParams, sample
 
 NATIVE_PAGE = 32
@@ -14,7 +14,7 @@ NATIVE_PAGE = 32
 
 
 @torch.inference_mode()
-def check(model, request: Request, outputs: list[Output]) -> None:
+def check(model, request: Request, outputs: list[RequestOutput]) -> None:
     """That these outputs are what a request says by itself: each token follows from a whole pass over those before."""
     params, prompt, said = request.params, list(request.prompt_ids), ids(outputs)
     sampler = Sampler(params, prompt, model.config.vocab_size)
@@ -34,9 +34,9 @@ def check_all(model, requests, outputs) -> None:
         check(model, each, said)
 
 
-def run(engine: Engine, requests, rng: random.Random | None = None) -> list[list[Output]]:
+def run(engine: Engine, requests, rng: random.Random | None = None) -> list[list[RequestOutput]]:
     """The outputs of each request; with `rng` they arrive bit by bit."""
-    outputs: dict[int, list[Output]] = {}
+    outputs: dict[int, list[RequestOutput]] = {}
     left = list(requests)[::-1]
     while left or engine.has_work:
         while left and (rng is None or rng.random() < 0.4):

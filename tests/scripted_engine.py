@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.engine.requests import Output, Request, Stats, TokenRouting
+from yuanmoe.engine.requests import Request, RequestOutput, Stats, TokenRouting
 from yuanmoe.errors import YuanError
 from yuanmoe.text.tokenizer import Tokenizer
 
@@ -76,14 +76,14 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return bool(self._speeches)
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[RequestOutput]:
         time.sleep(self.step_s)
         return [self._say(number, speech) for number, speech in list(self._speeches.items())]
 
-    def _say(self, number: int, speech: _Speech) -> Output:
+    def _say(self, number: int, speech: _Speech) -> RequestOutput:
         if speech.said == self.break_after:
             del self._speeches[number]
-            return Output(number, -1, 0.0, error=YuanError("the test broke this answer"))
+            return RequestOutput(number, -1, 0.0, error=YuanError("the test broke this answer"))
         token_id = speech.ids[speech.said]
         read = [*speech.request.prompt_ids, *speech.ids][len(speech.request.prompt_ids) + speech.said - 1]
         routing = self.routing(read, len(speech.request.prompt_ids) + speech.said - 1)
@@ -93,7 +93,7 @@ class ScriptedEngine:
         if reason:
             del self._speeches[number]
         wanted = routing if speech.request.routing else None
-        return Output(number, token_id, -0.1 * (token_id % 9), finish_reason=reason, routing=wanted)
+        return RequestOutput(number, token_id, -0.1 * (token_id % 9), finish_reason=reason, routing=wanted)
 
     def stats(self) -> Stats:
         return Stats(

@@ -11,7 +11,7 @@ import httpx
 
 from small_lm import small_lm
 from yuanmoe.engine.engine import Engine
-from yuanmoe.engine.requests import Output, Stats
+from yuanmoe.engine.requests import RequestOutput, Stats
 from yuanmoe.lm import LanguageModel
 from yuanmoe.serve.core.launch import PAGE_SIZE, Launched, Settings, launch, launch_engine
 from yuanmoe.serve.core.server import bind, url
@@ -58,7 +58,7 @@ class SlowEngine(Engine):
     step_s = 0.0
     dies = False
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[RequestOutput]:
         time.sleep(self.step_s)
         if self.dies:
             raise MemoryError("the engine was told to die")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.model.state.cache import Cache
 
@@ -72,10 +72,10 @@ def configs(draw) -> ModelConfig:
     )
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> YuanForCausalLM:
+def random_model(config: ModelConfig, seed: int = 0) -> CausalLM:
     """Random weights, those of the norms included, ready for inference."""
     torch.manual_seed(seed)
-    model = YuanForCausalLM(config).initialize()
+    model = CausalLM(config).initialize()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -95,14 +95,14 @@ def route_gap(routing: Routing) -> float:
     return float("inf") if ranked.shape[1] == chosen else (ranked[:, chosen - 1] - ranked[:, chosen]).min().item()
 
 
-def feed(model: YuanForCausalLM, cache: Cache, prompts: Sequence[Tensor]) -> list[Tensor]:
+def feed(model: CausalLM, cache: Cache, prompts: Sequence[Tensor]) -> list[Tensor]:
     """One pass: the next tokens of each row of the cache (none for an empty tensor), and their logits."""
     new = [len(prompt) for prompt in prompts]
     hidden, _ = model.model(torch.cat(list(prompts)), cache.extend(new))
     return list(model.logits(hidden).split(new))
 
 
-def feed_in_passes(model: YuanForCausalLM, prompts: Sequence[Tensor], cuts: Sequence[Sequence[int]]) -> list[Tensor]:
+def feed_in_passes(model: CausalLM, prompts: Sequence[Tensor], cuts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits of each prompt, cut at its `cuts` (ascending, as many for each prompt), one pass of a cache a piece."""
     cache = Cache(model.config, len(prompts), max(map(len, prompts)), dtype=torch.float32)
     pieces = [prompt.tensor_split(list(at)) for prompt, at in zip(prompts, cuts, strict=True)]
@@ -110,7 +110,7 @@ def feed_in_passes(model: YuanForCausalLM, prompts: Sequence[Tensor], cuts: Sequ
     return [torch.cat(parts) for parts in zip(*passes, strict=True)]
 
 
-def greedy(model: YuanForCausalLM, prompts: Sequence[Tensor], new_tokens: int) -> list[list[int]]:
+def greedy(model: CausalLM, prompts: Sequence[Tensor], new_tokens: int) -> list[list[int]]:
     """The next `new_tokens` of each prompt, always the likeliest, all prompts in one cache."""
     cache = Cache(model.config, len(prompts), max(map(len, prompts)) + new_tokens, dtype=torch.float32)
     said: list[list[int]] = [[] for _ in prompts]

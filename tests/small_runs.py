@@ -12,7 +12,7 @@ from small_documents import Lists
 from small_tokenizers import TEXTS, bpe
 from yuanmoe.cli import main
 from yuanmoe.config import preset
-from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
+from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, WeightedDocuments, measuring_windows
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.train.recipe.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
 from yuanmoe.train.start.model import new_model
@@ -51,7 +51,7 @@ def recipe(**changes) -> Recipe:
 def batches(made: Recipe):
     """The batch of a step by its number."""
     options = LoaderOptions(length=LENGTH, batch_size=made.data.batch_size, vocab_size=64, seed=made.run.seed)
-    return Loader([Source(documents=Lists([text()]))], options).batch
+    return Loader([WeightedDocuments(documents=Lists([text()]))], options).batch
 
 
 def heldout():

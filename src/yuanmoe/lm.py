@@ -15,12 +15,12 @@ import torch
 from yuanmoe.checkpoint.adapters.adapter import Adapter, attach_adapter, check_source, open_adapter
 from yuanmoe.checkpoint.formats.native_config import parse_dtype, parse_kv_dtype
 from yuanmoe.checkpoint.load import model_of, usable_device
-from yuanmoe.checkpoint.open import Source, open_checkpoint
+from yuanmoe.checkpoint.open import OpenCheckpoint, open_checkpoint
 from yuanmoe.config import ModelConfig
-from yuanmoe.engine.generate import FinishReason, Generation, Timing, Token, TokenRouting
+from yuanmoe.engine.generate import FinishReason, Generation, GenerationTiming, Token, TokenRouting
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.engine.score import score
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.lora.attach import detach
 from yuanmoe.plan.cost import Precision
 from yuanmoe.shipped import model_folder
@@ -47,7 +47,7 @@ class Completion:
     """`stop`: a stop token or string; `length`: max_new_tokens or the context; None: not finished."""
     routings: list[TokenRouting | None] = field(default_factory=list)
     """Of each token as it passed the layers; None where it was not asked for, and for the last, which no pass reads."""
-    timing: Timing = field(default_factory=Timing)
+    timing: GenerationTiming = field(default_factory=GenerationTiming)
     """Of the whole batch that the prompt was in."""
 
 
@@ -112,7 +112,7 @@ class LanguageModel:
     whether to say which experts each token visited.
     """
 
-    def __init__(self, model: YuanForCausalLM, tokenizer: Tokenizer, precision: Precision | None = None) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, precision: Precision | None = None) -> None:
         """`precision` is that of quantized weights. Raises TokenizerError when the tokenizer is not the model's."""
         check_tokenizer(tokenizer, model.config.vocab_size, model.config.eod_token_id)
         self.model = model
@@ -213,7 +213,7 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 class OpenedModel:
     """All of a model but its weights: enough to refuse what cannot be done before they take their time and memory."""
 
-    source: Source
+    source: OpenCheckpoint
     tokenizer: Tokenizer
     adapter: Adapter | None
     settings: dict[str, Any]

@@ -8,11 +8,11 @@ import torch
 
 from small_lm import write_lm
 from yuanmoe.bench import decode as study
-from yuanmoe.bench.decode import Load, check_load
+from yuanmoe.bench.decode import DecodeSettings, check_decode_settings
 from yuanmoe.bench.products import layer_beside_torch
 from yuanmoe.bench.synthetic import synthetic_model
 from yuanmoe.checkpoint.formats.packed_weight import policy
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.cli.main import main
 from yuanmoe.config import preset
 from yuanmoe.errors import ResourceError
@@ -84,7 +84,7 @@ def test_people_see_tables_with_the_bounds(run):
 
 def test_a_quantized_checkpoint_is_measured_as_it_is_stored(run, tmp_path):
     write_lm(tmp_path / "whole")
-    quantize(tmp_path / "whole", tmp_path / "few", bits=4, group_size=32)
+    quantize_checkpoint(tmp_path / "whole", tmp_path / "few", bits=4, group_size=32)
     code, result, _ = run("--model", str(tmp_path / "few"), *SMALL)
     assert (code, result["weights"], result["bits"]) == (0, "checkpoint", 4)
     assert result["beside_torch_int4"] == {"decode": None, "prefill": None}, "shapes that torch does not take"
@@ -121,19 +121,21 @@ def test_memory_is_looked_at_before_it_is_taken(run, monkeypatch):
     assert "20.0 GiB of weights, 768 MiB of keys and values; 8.00 GiB are free" in err
     layers = int(err.split("--layers ")[1].split(")")[0])
     few = preset("yuan2-m32", num_hidden_layers=layers)
-    check_load("m32", few, policy(few, 4), Load(), free=8 << 30)
+    check_decode_settings("m32", few, policy(few, 4), DecodeSettings(), free=8 << 30)
     one_more = few.replace(num_hidden_layers=layers + 1)
     with pytest.raises(ResourceError, match=rf"fewer layers \(--layers {layers}\)"):
-        check_load("m32", one_more, policy(few, 4), Load(), free=8 << 30)
+        check_decode_settings("m32", one_more, policy(few, 4), DecodeSettings(), free=8 << 30)
 
 
 def test_memory_grows_with_sequences_and_shrinks_with_eight_bits():
     config = preset("yuan2-m32")
     precision = policy(config, 4)
     with pytest.raises(ResourceError, match=r"needs 25\..* 4\.5. GiB of keys and values"):
-        check_load("m32", config, precision, Load(contexts=(512,), batches=(1, 23)), free=23 << 30)
-    check_load("m32", config, precision, Load(contexts=(512,), batches=(1, 8), kv_dtype=torch.int8), free=23 << 30)
-    check_load("m32", config, precision, Load(batches=(1, 8)), free=22 << 30)
+        check_decode_settings("m32", config, precision, DecodeSettings(contexts=(512,), batches=(1, 23)), free=23 << 30)
+    check_decode_settings(
+        "m32", config, precision, DecodeSettings(contexts=(512,), batches=(1, 8), kv_dtype=torch.int8), free=23 << 30
+    )
+    check_decode_settings("m32", config, precision, DecodeSettings(batches=(1, 8)), free=22 << 30)
 
 
 def test_random_weights_spread_the_tokens_over_the_experts():

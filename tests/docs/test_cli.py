@@ -222,8 +222,8 @@ def test_doctor_names_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], level: str, what: str
 ) -> None:
     monkeypatch.setattr(doctor_file.shutil, "which", lambda name: None)
-    assert list(doctor_file.missing(HEALTHY)) == []
-    (finding,) = doctor_file.missing(HEALTHY | changes)
+    assert list(doctor_file.missing_parts(HEALTHY)) == []
+    (finding,) = doctor_file.missing_parts(HEALTHY | changes)
     assert (finding.level, finding.what) == (level, what)
 
 
@@ -252,7 +252,7 @@ def test_doctor_names_what_is_slow() -> None:
 
 def test_doctor_sees_a_gpu_that_torch_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_file.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    (finding,) = doctor_file.missing(HEALTHY)
+    (finding,) = doctor_file.missing_parts(HEALTHY)
     assert finding.what == "an NVIDIA driver is here, but torch (build: cpu) sees no GPU"
 
 

@@ -161,7 +161,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, src, text, run, monkeypatch):
 @pytest.fixture(scope="module")
 def quantized(src, tmp_path_factory):
     dst = tmp_path_factory.mktemp("quantized") / "small4"
-    quantizing.quantize(src, dst, bits=4)
+    quantizing.quantize_checkpoint(src, dst, bits=4)
     return dst
 
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from checkpoint_writers import memory_folder, official_json, official_state, random_state, write_bin
 from small_models import small_config
 from yuanmoe.checkpoint.open import open_checkpoint
-from yuanmoe.checkpoint.write.convert import convert
+from yuanmoe.checkpoint.write.convert import convert_checkpoint
 from yuanmoe.checkpoint.write.save import save_native
-from yuanmoe.checkpoint.write.verify import verify
+from yuanmoe.checkpoint.write.verify import verify_checkpoint
 from yuanmoe.cli.main import app
 from yuanmoe.errors import CheckpointError, ConfigError, ResourceError, UsageError
 from yuanmoe.storage import folder as folders
@@ -130,7 +130,7 @@ def interrupted(src: Path, dst: Path, at_share: float) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(src, dst, shard_bytes=SHARD_BYTES, progress=progress)
+        convert_checkpoint(src, dst, shard_bytes=SHARD_BYTES, progress=progress)
 
 
 def test_a_changed_source_or_other_options_start_over_and_say_so(tmp_path, src):
@@ -138,15 +138,15 @@ def test_a_changed_source_or_other_options_start_over_and_say_so(tmp_path, src):
     interrupted(src, dst, 0.9)
     said: list[str] = []
     os.utime(src / "pytorch_model-00001-of-00002.bin", ns=(1, 1))
-    assert convert(src, dst, shard_bytes=SHARD_BYTES, say=said.append).resumed_shards == 0
+    assert convert_checkpoint(src, dst, shard_bytes=SHARD_BYTES, say=said.append).resumed_shards == 0
     assert "starting over" in said[0]
     interrupted(src, tmp_path / "other", 0.9)
     said.clear()
-    assert convert(src, tmp_path / "other", dtype=torch.bfloat16, say=said.append).resumed_shards == 0
+    assert convert_checkpoint(src, tmp_path / "other", dtype=torch.bfloat16, say=said.append).resumed_shards == 0
     assert "not of this source and these options" in said[0]
     interrupted(src, tmp_path / "same", 0.9)
     said.clear()
-    assert convert(src, tmp_path / "same", shard_bytes=SHARD_BYTES, say=said.append).resumed_shards > 0
+    assert convert_checkpoint(src, tmp_path / "same", shard_bytes=SHARD_BYTES, say=said.append).resumed_shards > 0
     assert "shards are there" in said[0]
     assert contents(tmp_path / "same") == contents(dst)
 
@@ -155,9 +155,9 @@ def test_a_finished_shard_that_was_damaged_since_is_written_again(tmp_path, src)
     interrupted(src, tmp_path / "dst", 0.9)
     shard = tmp_path / "dst.partial" / "checkpoint" / "model-00001-of-00007.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    written = convert(src, tmp_path / "dst", shard_bytes=SHARD_BYTES, say=lambda _: None)
+    written = convert_checkpoint(src, tmp_path / "dst", shard_bytes=SHARD_BYTES, say=lambda _: None)
     assert (written.resumed_shards, written.shards) == (5, 7)
-    assert verify(tmp_path / "dst").hashed_bytes > 0
+    assert verify_checkpoint(tmp_path / "dst").hashed_bytes > 0
 
 
 # --- disk -------------------------------------------------------------------------------------------------------------
@@ -169,12 +169,12 @@ def test_a_full_disk_is_an_error_of_ours_and_the_next_run_goes_on(tmp_path, src)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, hard))
     try:
         with pytest.raises(ResourceError, match=r"the disk is full: .*dst\.partial.*run the same command again"):
-            convert(src, tmp_path / "dst", shard_bytes=SHARD_BYTES)
+            convert_checkpoint(src, tmp_path / "dst", shard_bytes=SHARD_BYTES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "dst").exists()
-    assert convert(src, tmp_path / "dst", shard_bytes=SHARD_BYTES, say=lambda _: None).resumed_shards > 0
-    convert(src, tmp_path / "at once", shard_bytes=SHARD_BYTES)
+    assert convert_checkpoint(src, tmp_path / "dst", shard_bytes=SHARD_BYTES, say=lambda _: None).resumed_shards > 0
+    convert_checkpoint(src, tmp_path / "at once", shard_bytes=SHARD_BYTES)
     assert contents(tmp_path / "dst") == contents(tmp_path / "at once")
 
 
@@ -182,14 +182,14 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, src, m
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
     with pytest.raises(ResourceError, match=r"dst\.partial/checkpoint still needs 16\.\d MiB, 1\.00 MiB are free"):
-        convert(src, tmp_path / "dst")
+        convert_checkpoint(src, tmp_path / "dst")
     assert [path.name for path in (tmp_path / "dst.partial" / "checkpoint").iterdir()] == ["manifest.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, src):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match=r"writing .*file/dst\.partial failed"):
-        convert(src, tmp_path / "file" / "dst")
+        convert_checkpoint(src, tmp_path / "file" / "dst")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -241,30 +241,30 @@ def test_what_exists_is_replaced_only_when_asked_and_only_a_checkpoint(tmp_path,
     save_native(random_state(CONFIG, seed=1), CONFIG, dst)
     before = contents(dst)
     with pytest.raises(CheckpointError, match=r"dst exists and is left as it is; .*--overwrite"):
-        convert(src, dst)
+        convert_checkpoint(src, dst)
     config = json.loads((src / "config.json").read_text())
     (src / "config.json").write_text(json.dumps(config | {"surprise": 1}))
     with pytest.raises(ConfigError, match="unknown config key"):
-        convert(src, dst, overwrite=True)
+        convert_checkpoint(src, dst, overwrite=True)
     assert contents(dst) == before
-    convert(src, dst, overwrite=True, ignore_unknown=True)
+    convert_checkpoint(src, dst, overwrite=True, ignore_unknown=True)
     assert contents(dst) != before
     notes = tmp_path / "notes"
     notes.mkdir()
-    convert(src, notes, ignore_unknown=True)  # an empty folder is as good as none
+    convert_checkpoint(src, notes, ignore_unknown=True)  # an empty folder is as good as none
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "diary.txt").write_text("dear")
     with pytest.raises(CheckpointError, match=r"home is not a checkpoint .* so it is not overwritten"):
-        convert(src, tmp_path / "home", overwrite=True, ignore_unknown=True)
+        convert_checkpoint(src, tmp_path / "home", overwrite=True, ignore_unknown=True)
     with pytest.raises(CheckpointError, match=r"diary\.txt is a file; name a directory"):
-        convert(src, tmp_path / "home" / "diary.txt", overwrite=True, ignore_unknown=True)
+        convert_checkpoint(src, tmp_path / "home" / "diary.txt", overwrite=True, ignore_unknown=True)
 
 
 def test_where_names_cannot_be_exchanged_the_old_one_moves_aside(tmp_path, src, monkeypatch):
     save_native(random_state(CONFIG, seed=1), CONFIG, tmp_path / "dst")
     monkeypatch.setattr(folders, "_exchange", lambda a, b: False)
-    convert(src, tmp_path / "dst", overwrite=True)
-    convert(src, tmp_path / "new")
+    convert_checkpoint(src, tmp_path / "dst", overwrite=True)
+    convert_checkpoint(src, tmp_path / "new")
     assert contents(tmp_path / "dst") == contents(tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "new", "src"]
 
@@ -272,9 +272,9 @@ def test_where_names_cannot_be_exchanged_the_old_one_moves_aside(tmp_path, src, 
 def test_the_source_is_never_the_destination(tmp_path, src):
     for dst in (src, tmp_path, tmp_path / "x" / ".." / "src"):
         with pytest.raises(UsageError, match="is or lies in the destination"):
-            convert(src, dst, overwrite=True)
+            convert_checkpoint(src, dst, overwrite=True)
     with pytest.raises(UsageError, match="cannot convert to 'gguf'; known: native, official"):
-        convert(src, tmp_path / "dst", to="gguf")
+        convert_checkpoint(src, tmp_path / "dst", to="gguf")
 
 
 def test_two_processes_do_not_write_the_same_destination(tmp_path, src):
@@ -283,11 +283,11 @@ def test_two_processes_do_not_write_the_same_destination(tmp_path, src):
     descriptor = os.open(partial, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with pytest.raises(CheckpointError, match=r"another process is writing .*dst\.partial"):
-        convert(src, tmp_path / "dst")
+        convert_checkpoint(src, tmp_path / "dst")
     os.close(descriptor)
     (partial / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"dst\.partial is in the way"):
-        convert(src, tmp_path / "dst")
+        convert_checkpoint(src, tmp_path / "dst")
     assert (partial / "notes.txt").read_text() == "mine"
 
 
@@ -300,8 +300,8 @@ def test_a_state_that_is_not_the_models_is_not_saved(tmp_path):
 
 
 def test_verify_finds_a_flipped_bit_and_a_missing_file(tmp_path, src):
-    convert(src, tmp_path / "dst", shard_bytes=SHARD_BYTES)
-    found = verify(tmp_path / "dst")
+    convert_checkpoint(src, tmp_path / "dst", shard_bytes=SHARD_BYTES)
+    found = verify_checkpoint(tmp_path / "dst")
     assert (found.format, found.tensors) == ("native", len(open_checkpoint(src).tensors))
     shard = sorted((tmp_path / "dst").glob("*.safetensors"))[2]
     content = bytearray(shard.read_bytes())
@@ -310,14 +310,14 @@ def test_verify_finds_a_flipped_bit_and_a_missing_file(tmp_path, src):
     with pytest.raises(
         CheckpointError, match=rf"{shard.name} is damaged: its sha256 is [0-9a-f]{{64}}, manifest\.json says"
     ):
-        verify(tmp_path / "dst")
+        verify_checkpoint(tmp_path / "dst")
     manifest = json.loads((tmp_path / "dst" / "manifest.json").read_text())
     manifest["shards"]["model-00009-of-00009.safetensors"] = manifest["shards"][shard.name]
     (tmp_path / "dst" / "manifest.json").write_text(json.dumps(manifest))
     shard.write_bytes(bytes(content[:-1]) + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=r"model-00009-of-00009\.safetensors is missing"):
-        verify(tmp_path / "dst")
-    assert verify(src).hashed_bytes == 0
+        verify_checkpoint(tmp_path / "dst")
+    assert verify_checkpoint(src).hashed_bytes == 0
 
 
 # --- from the command line --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from small_models import random_model, small_config
 from small_runs import FIELDS_OF_TIME, write_tokens
 from yuanmoe.checkpoint.adapters.adapter import attach_adapter, open_adapter, save_adapter
 from yuanmoe.checkpoint.open import open_checkpoint
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.cli.main import main
 from yuanmoe.cli.train import job as training
 from yuanmoe.errors import CheckpointError, ConfigError
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     """A model, the same in 4 bits, and text to learn."""
     folder = tmp_path_factory.mktemp("lora")
     write_lm(folder / "base", hidden_size=32, head_dim=16, initializer_range=0.1)
-    quantize(folder / "base", folder / "four", bits=4)
+    quantize_checkpoint(folder / "base", folder / "four", bits=4)
     write_tokens(folder / "data")
     return folder
 

@@ -19,8 +19,8 @@ from small_documents import Lists
 from small_tokenizers import bpe
 from small_work import make_dying, make_failing
 from yuanmoe.data.prepare.formats import FormatOptions
-from yuanmoe.data.prepare.output import Output
-from yuanmoe.data.prepare.pack import PackOptions, pack
+from yuanmoe.data.prepare.output import DatasetWriter
+from yuanmoe.data.prepare.pack import PackOptions, pack_dataset
 from yuanmoe.data.prepare.workers import map_ordered
 from yuanmoe.data.sets.megatron import MegatronTokens, write_megatron
 from yuanmoe.data.sources import records
@@ -89,7 +89,7 @@ def test_killed_at_any_moment_it_goes_on_and_leaves_no_process(tmp_path):
         assert not (tmp_path / "out").exists()
     done = subprocess.run(command, capture_output=True, check=True, timeout=DEADLINE_S)
     assert b"going on in" in done.stderr
-    pack([source], tmp_path / "whole", bpe(), PackOptions(chunk_bytes=4000, shard_tokens=12_000))
+    pack_dataset([source], tmp_path / "whole", bpe(), PackOptions(chunk_bytes=4000, shard_tokens=12_000))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
@@ -111,10 +111,10 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path):
         largest_file(60_000),
         pytest.raises(ResourceError, match=r"the disk is full: File too large in .*out\.partial"),
     ):
-        pack([source], tmp_path / "out", bpe(), how)
+        pack_dataset([source], tmp_path / "out", bpe(), how)
     assert not (tmp_path / "out").exists()
-    pack([source], tmp_path / "out", bpe(), how)
-    pack([source], tmp_path / "other", bpe(), how)
+    pack_dataset([source], tmp_path / "out", bpe(), how)
+    pack_dataset([source], tmp_path / "other", bpe(), how)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
 
 
@@ -138,40 +138,42 @@ def test_other_text_or_settings_start_over(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "finish", interrupted)
+        patch.setattr(DatasetWriter, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pack([source], tmp_path / "out", bpe(), options(shard_tokens=100, chunk_bytes=100))
+            pack_dataset([source], tmp_path / "out", bpe(), options(shard_tokens=100, chunk_bytes=100))
     write_lines(source, {"text": "other"})
-    (tokens,) = pack([source], tmp_path / "out", bpe(), options(shard_tokens=100, chunk_bytes=100), say=said.append)
+    (tokens,) = pack_dataset(
+        [source], tmp_path / "out", bpe(), options(shard_tokens=100, chunk_bytes=100), say=said.append
+    )
     assert said == []
     assert bpe().decode(tokens[:-1].tolist()) == "other"
 
 
 def test_what_is_there_is_left_or_replaced(tmp_path):
     source = write_lines(tmp_path / "in.jsonl", {"text": "one"})
-    pack([source], tmp_path / "out", bpe())
+    pack_dataset([source], tmp_path / "out", bpe())
     before = files_of(tmp_path / "out")
     write_lines(source, {"text": "two"})
     with pytest.raises(DataError, match=r"out exists and is left as it is; choose another name, or overwrite=True"):
-        pack([source], tmp_path / "out", bpe())
+        pack_dataset([source], tmp_path / "out", bpe())
     assert files_of(tmp_path / "out") == before
-    pack([source], tmp_path / "out", bpe(), overwrite=True)
+    pack_dataset([source], tmp_path / "out", bpe(), overwrite=True)
     assert files_of(tmp_path / "out") != before
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
     with pytest.raises(
         DataError, match=r"home is not a dataset \(it has no documents\.idx\), so it is not overwritten"
     ):
-        pack([source], tmp_path / "home", bpe(), overwrite=True)
+        pack_dataset([source], tmp_path / "home", bpe(), overwrite=True)
     with pytest.raises(DataError, match=r"letter\.txt is read, and lies in .*home, which is written"):
-        pack([tmp_path / "home" / "letter.txt"], tmp_path / "home", bpe())
+        pack_dataset([tmp_path / "home" / "letter.txt"], tmp_path / "home", bpe())
 
 
 def refused(tmp_path, name, content, message, error=DataError, **changes):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(error, match=message):
-        pack([path], tmp_path / "out", bpe(), options(**changes))
+        pack_dataset([path], tmp_path / "out", bpe(), options(**changes))
     assert not (tmp_path / "out").exists()
 
 
@@ -203,7 +205,7 @@ def test_lines_that_are_no_documents(tmp_path, content, message):
 
 def test_bad_records_can_be_left_out(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"{oops}\n" + LINE + b'{"text": 5}\n' + LINE)
-    (tokens,) = pack([tmp_path / "in.jsonl"], tmp_path / "out", bpe(), options(skip_bad=True))
+    (tokens,) = pack_dataset([tmp_path / "in.jsonl"], tmp_path / "out", bpe(), options(skip_bad=True))
     assert tokens.num_documents == 2
     assert tokens.manifest.skipped == {"unreadable record": 2}
 
@@ -254,16 +256,20 @@ def test_a_text_that_a_table_has_once_for_many_rows_is_not_in_memory_for_each(tm
 def test_tables_with_other_columns_or_rows_too_large(tmp_path):
     parquet.write_table(pyarrow.table({"body": ["x" * 5000, "y" * 5000], "id": [1, 2]}), tmp_path / "in.parquet")
     with pytest.raises(DataError, match=r"in\.parquet has the columns body, id, none of text; name the right one"):
-        pack([tmp_path / "in.parquet"], tmp_path / "out", bpe())
+        pack_dataset([tmp_path / "in.parquet"], tmp_path / "out", bpe())
     with pytest.raises(DataError, match=r"row group 0: 2 rows of \d+ bytes on average, a document is at most 100"):
-        pack([tmp_path / "in.parquet"], tmp_path / "out", bpe(), options(text_field="body", max_document_bytes=100))
+        pack_dataset(
+            [tmp_path / "in.parquet"], tmp_path / "out", bpe(), options(text_field="body", max_document_bytes=100)
+        )
     table = {"text": ["x", None, "y"], "picture": [b"z" * 5000] * 3}
     parquet.write_table(pyarrow.table(table), tmp_path / "pictures.parquet")
-    (tokens,) = pack([tmp_path / "pictures.parquet"], tmp_path / "pictures", bpe(), options(max_document_bytes=100))
+    (tokens,) = pack_dataset(
+        [tmp_path / "pictures.parquet"], tmp_path / "pictures", bpe(), options(max_document_bytes=100)
+    )
     assert (tokens.num_documents, tokens.manifest.skipped) == (2, {"empty": 1})
     parquet.write_table(pyarrow.table({"text": ["x" * 5000, *["y"] * 500]}), tmp_path / "in.parquet")
     with pytest.raises(DataError, match=r"in\.parquet, record 1, is longer than 2000 bytes"):
-        pack([tmp_path / "in.parquet"], tmp_path / "out", bpe(), options(max_document_bytes=2000))
+        pack_dataset([tmp_path / "in.parquet"], tmp_path / "out", bpe(), options(max_document_bytes=2000))
 
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
@@ -291,7 +297,7 @@ def test_trees_are_walked_by_suffix_and_what_is_left_out_is_counted(tmp_path):
         (tmp_path / "tree" / name).write_bytes(content)
     (tmp_path / "tree" / "link.py").symlink_to("b.py")
     how = options(suffixes=(".py",), max_document_bytes=100)
-    (tokens,) = pack([tmp_path / "tree"], tmp_path / "out", bpe(), how)
+    (tokens,) = pack_dataset([tmp_path / "tree"], tmp_path / "out", bpe(), how)
     assert bpe().decode(tokens[:].tolist()) == "a = 1\n<eod>b = 1\n<eod>c = 1\n<eod>"
     assert tokens.manifest.skipped == {
         "binary": 1,
@@ -302,21 +308,21 @@ def test_trees_are_walked_by_suffix_and_what_is_left_out_is_counted(tmp_path):
         "other suffix": 1,
     }
     with pytest.raises(DataError, match=r"large\.py has 101 bytes, a document is at most 100 \(--max-document\)"):
-        pack([tmp_path / "tree" / "large.py"], tmp_path / "out2", bpe(), how)
+        pack_dataset([tmp_path / "tree" / "large.py"], tmp_path / "out2", bpe(), how)
     with pytest.raises(
         DataError,
         match=r"no files to read \(8 other suffix, 1 no regular file\); name files, or folders with files of an",
     ):
-        pack([tmp_path / "tree"], tmp_path / "out2", bpe(), options(suffixes=(".rs",)))
+        pack_dataset([tmp_path / "tree"], tmp_path / "out2", bpe(), options(suffixes=(".rs",)))
     with pytest.raises(DataError, match=r"cannot read .*nowhere: No such file or directory"):
-        pack([tmp_path / "nowhere"], tmp_path / "out2", bpe())
+        pack_dataset([tmp_path / "nowhere"], tmp_path / "out2", bpe())
     with pytest.raises(DataError, match=r"record 1: conversations are read from \.jsonl"):
-        pack([tmp_path / "tree" / "a.py"], tmp_path / "out2", bpe(), options(format="chat"))
+        pack_dataset([tmp_path / "tree" / "a.py"], tmp_path / "out2", bpe(), options(format="chat"))
 
 
 def test_a_name_that_is_no_text_is_a_name_all_the_same(tmp_path):
     path = write_lines(tmp_path / os.fsdecode(b"\xff.jsonl"), {"text": "one"})
-    pack([path], tmp_path / "out", bpe())
+    pack_dataset([path], tmp_path / "out", bpe())
     (line,) = (tmp_path / "out" / "sources.jsonl").read_text("ascii").splitlines()
     assert json.loads(line)["path"] == str(path)
 
@@ -332,7 +338,7 @@ def test_a_file_that_grows_meanwhile_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(records.Reader, "_of_stream", grow)
     with pytest.raises(DataError, match=r"in\.jsonl changed while it was read: 16 bytes before, 51 now"):
-        pack([path], tmp_path / "out", bpe())
+        pack_dataset([path], tmp_path / "out", bpe())
 
 
 def test_a_worker_that_is_killed_or_fails():
@@ -345,4 +351,4 @@ def test_a_worker_that_is_killed_or_fails():
 def test_errors_of_workers_are_those_of_one(tmp_path):
     write_lines(tmp_path / "in.jsonl", *[{"text": "x"}] * 30, {"body": 1}, {"text": 2})
     with pytest.raises(DataError, match=r"in\.jsonl, record 31: no text in the field 'text'"):
-        pack([tmp_path / "in.jsonl"], tmp_path / "out", bpe(), options(chunk_bytes=40), workers=2)
+        pack_dataset([tmp_path / "in.jsonl"], tmp_path / "out", bpe(), options(chunk_bytes=40), workers=2)

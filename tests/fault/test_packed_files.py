@@ -9,12 +9,12 @@ import pytest
 from small_documents import Lists
 from small_tokenizers import bpe, small_sentencepiece
 from yuanmoe.config import preset
-from yuanmoe.data.loader.loader import LoaderOptions, Source
+from yuanmoe.data.loader.loader import LoaderOptions, WeightedDocuments
 from yuanmoe.data.prepare.pack import pack_texts
-from yuanmoe.data.sets.datasets import check_fits, open_documents, open_sources
-from yuanmoe.data.sets.manifest import Manifest
+from yuanmoe.data.sets.datasets import check_datasets_fit, open_documents, open_sources
+from yuanmoe.data.sets.manifest import DatasetManifest
 from yuanmoe.data.sets.packed import PackedTokens
-from yuanmoe.data.sets.verify import verify
+from yuanmoe.data.sets.verify import verify_dataset
 from yuanmoe.errors import DataError, TokenizerError, UsageError
 
 
@@ -24,7 +24,7 @@ def dataset(tmp_path):
 
 
 def test_a_damaged_file_is_found(dataset):
-    assert verify(dataset, bpe()) > 0
+    assert verify_dataset(dataset, bpe()) > 0
     path = dataset.path / "shard-00000.bin"
     data = bytearray(path.read_bytes())
     data[2] ^= 1
@@ -32,10 +32,10 @@ def test_a_damaged_file_is_found(dataset):
     with pytest.raises(
         DataError, match=r"shard-00000\.bin is damaged: its sha256 is \w{12}\.\., \w{12}\.\. was written"
     ):
-        verify(PackedTokens(dataset.path))
+        verify_dataset(PackedTokens(dataset.path))
     path.write_bytes(b"\xff" * len(data))
     with pytest.raises(DataError, match=r"shard-00000\.bin holds the token id 65535, outside the vocabulary of 400"):
-        verify(PackedTokens(dataset.path))
+        verify_dataset(PackedTokens(dataset.path))
     path.write_bytes(data[:-1])
     with pytest.raises(
         DataError, match=rf"bin has {len(data) - 1} bytes where {len(data)} were written; it is damaged"
@@ -79,7 +79,7 @@ def test_a_manifest_that_is_none(dataset):
         PackedTokens(dataset.path)
     with pytest.raises(DataError, match=r"set is no dataset: there is neither .*manifest\.json nor .*set\.idx"):
         open_documents(dataset.path)
-    assert Manifest.__slots__
+    assert DatasetManifest.__slots__
 
 
 def test_an_index_that_lies(dataset):
@@ -88,33 +88,35 @@ def test_an_index_that_lies(dataset):
     manifest = json.loads((dataset.path / "manifest.json").read_text())
     manifest["files"]["documents.idx"]["sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
     with pytest.raises(DataError, match=r"documents\.idx ends at token \d+ of \d+"):
-        verify(rewrite(dataset, **manifest))
+        verify_dataset(rewrite(dataset, **manifest))
     np.array([len(dataset), 2], "<u8").tofile(index)
     manifest["files"]["documents.idx"]["sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
     with pytest.raises(DataError, match=r"documents\.idx has a document of -\d+ tokens"):
-        verify(rewrite(dataset, **manifest))
+        verify_dataset(rewrite(dataset, **manifest))
 
 
 def test_what_does_not_fit_the_model_is_said_before_anything_is_computed(dataset):
     config = preset("tiny", vocab_size=512)
     how = LoaderOptions(length=4, batch_size=1, vocab_size=512)
     sources = open_sources(["2", str(dataset.path)])
-    check_fits(sources, how, config, bpe())
+    check_datasets_fit(sources, how, config, bpe())
     long = LoaderOptions(length=300, batch_size=1, vocab_size=512)
     with pytest.raises(DataError, match=r"windows of 300 tokens exceed the model's context of 256"):
-        check_fits(sources, long, config)
+        check_datasets_fit(sources, long, config)
     with pytest.raises(DataError, match=r"holds ids of a vocabulary of 400, the model's is 399"):
-        check_fits(sources, LoaderOptions(length=4, batch_size=1, vocab_size=399), preset("tiny", vocab_size=399))
+        check_datasets_fit(
+            sources, LoaderOptions(length=4, batch_size=1, vocab_size=399), preset("tiny", vocab_size=399)
+        )
     with pytest.raises(DataError, match=r"ids below 512 are let through, the model has 500 rows"):
-        check_fits(sources, how, preset("tiny", vocab_size=500))
+        check_datasets_fit(sources, how, preset("tiny", vocab_size=500))
     with pytest.raises(DataError, match=r"end with 0, the model's <eod> is 7; pack the text again"):
-        check_fits(sources, how, config.replace(eod_token_id=7))
+        check_datasets_fit(sources, how, config.replace(eod_token_id=7))
     other = small_sentencepiece()
     with pytest.raises(
         DataError, match=r"set was packed with another tokenizer: sha256 \w{12} with 400 ids, this one is"
     ):
-        check_fits(sources, how, config.replace(eod_token_id=other.eod_id, vocab_size=512), other)
+        check_datasets_fit(sources, how, config.replace(eod_token_id=other.eod_id, vocab_size=512), other)
     with pytest.raises(TokenizerError, match=r"<eod> is 0, the model's is 7"):
-        check_fits([Source(documents=Lists([[1]]))], how, config.replace(eod_token_id=7), bpe())
+        check_datasets_fit([WeightedDocuments(documents=Lists([[1]]))], how, config.replace(eod_token_id=7), bpe())
     with pytest.raises(UsageError, match="are no mixture"):
         open_sources([])

@@ -20,9 +20,9 @@ from yuanmoe.checkpoint.files.mapped import MappedBytes
 from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.checkpoint.open import open_checkpoint
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.checkpoint.write.save import save_native
-from yuanmoe.checkpoint.write.verify import verify
+from yuanmoe.checkpoint.write.verify import verify_checkpoint
 from yuanmoe.errors import CheckpointError, ConfigError, ResourceError, UsageError
 
 CONFIG = small_config(hidden_size=64, head_dim=64, intermediate_size=0, moe_intermediate_size=32)
@@ -120,15 +120,15 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_files(tmp_path, method,
 
 
 def test_the_same_command_again_keeps_what_is_whole(tmp_path, src):
-    first = quantize(src, tmp_path / "dst", bits=4)
+    first = quantize_checkpoint(src, tmp_path / "dst", bits=4)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "dst").iterdir()}
-    again = quantize(src, tmp_path / "dst", bits=4)
+    again = quantize_checkpoint(src, tmp_path / "dst", bits=4)
     assert again.written is None
     assert again.report == first.report
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "dst").iterdir()} == before
     with pytest.raises(CheckpointError, match=r"dst exists and is left as it is; .*--overwrite"):
-        quantize(src, tmp_path / "dst", bits=8)
-    assert quantize(src, tmp_path / "dst", bits=8, overwrite=True).written is not None
+        quantize_checkpoint(src, tmp_path / "dst", bits=8)
+    assert quantize_checkpoint(src, tmp_path / "dst", bits=8, overwrite=True).written is not None
     assert open_checkpoint(tmp_path / "dst").precision.role_bits["experts"] == 8
 
 
@@ -141,13 +141,13 @@ def test_a_full_disk_is_an_error_of_ours_and_the_next_run_goes_on(tmp_path, src)
     resource.setrlimit(resource.RLIMIT_FSIZE, (22_000, hard))
     try:
         with pytest.raises(ResourceError, match=r"the disk is full: .*dst\.partial.*run the same command again"):
-            quantize(src, tmp_path / "dst", bits=8, shard_bytes=SHARD_BYTES)
+            quantize_checkpoint(src, tmp_path / "dst", bits=8, shard_bytes=SHARD_BYTES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "dst").exists()
-    done = quantize(src, tmp_path / "dst", bits=8, shard_bytes=SHARD_BYTES, say=lambda _: None)
+    done = quantize_checkpoint(src, tmp_path / "dst", bits=8, shard_bytes=SHARD_BYTES, say=lambda _: None)
     assert done.written.resumed_shards > 0
-    quantize(src, tmp_path / "at once", bits=8, shard_bytes=SHARD_BYTES)
+    quantize_checkpoint(src, tmp_path / "at once", bits=8, shard_bytes=SHARD_BYTES)
     assert contents(tmp_path / "dst") == contents(tmp_path / "at once")
 
 
@@ -155,7 +155,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, src, m
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
     with pytest.raises(ResourceError, match=r"dst\.partial/checkpoint still needs 16\.\d MiB, 1\.00 MiB are free"):
-        quantize(src, tmp_path / "dst", bits=4)
+        quantize_checkpoint(src, tmp_path / "dst", bits=4)
     assert [path.name for path in (tmp_path / "dst.partial" / "checkpoint").iterdir()] == ["manifest.json"]
 
 
@@ -230,7 +230,7 @@ def test_weights_stay_in_the_page_cache(tmp_path, src):
     config = small_config(hidden_size=256, head_dim=128, num_experts=8, moe_intermediate_size=512)
     save_native(state(config), config, tmp_path / "large")
     for source, name in ((src, "small"), (tmp_path / "large", "dst")):
-        quantize(source, tmp_path / name, bits=8, method="rtn")
+        quantize_checkpoint(source, tmp_path / name, bits=8, method="rtn")
     command = [sys.executable, "-c", SMAPS, str(tmp_path / "small"), str(tmp_path / "dst")]
     done = subprocess.run(command, check=True, capture_output=True, timeout=60)
     grown, mapped = json.loads(done.stdout)
@@ -241,7 +241,7 @@ def test_weights_stay_in_the_page_cache(tmp_path, src):
 
 
 def test_a_model_larger_than_memory_runs_and_says_what_that_costs(tmp_path, src, monkeypatch):
-    quantize(src, tmp_path / "dst", bits=8)
+    quantize_checkpoint(src, tmp_path / "dst", bits=8)
     monkeypatch.setattr(load, "_free_memory", lambda device: 50_000)
     with pytest.warns(
         RuntimeWarning, match=r"dst take \d+ KiB, 48\.8 KiB of RAM are free: of the .* that a token reads"
@@ -254,7 +254,7 @@ def test_a_model_larger_than_memory_runs_and_says_what_that_costs(tmp_path, src,
     ):
         load_model(tmp_path / "dst")
     monkeypatch.setattr(MappedBytes, "fault_rate", lambda self: None)
-    quantize(src, tmp_path / "four", bits=4)
+    quantize_checkpoint(src, tmp_path / "four", bits=4)
     with pytest.warns(RuntimeWarning, match=r"s a token at the 1\.00 GB/s assumed; more memory helps$"):
         load_model(tmp_path / "four")
 
@@ -274,8 +274,8 @@ def edit(folder, change):
 
 
 def test_a_flipped_bit_and_a_missing_shard_are_found(tmp_path, src):
-    quantize(src, tmp_path / "dst", bits=4, shard_bytes=SHARD_BYTES)
-    assert verify(tmp_path / "dst").hashed_bytes > 50_000
+    quantize_checkpoint(src, tmp_path / "dst", bits=4, shard_bytes=SHARD_BYTES)
+    assert verify_checkpoint(tmp_path / "dst").hashed_bytes > 50_000
     shard = sorted((tmp_path / "dst").glob("*.safetensors"))[1]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
@@ -283,9 +283,9 @@ def test_a_flipped_bit_and_a_missing_shard_are_found(tmp_path, src):
     with pytest.raises(
         CheckpointError, match=rf"{shard.name} is damaged: its sha256 is [0-9a-f]{{64}}, manifest\.json"
     ):
-        verify(tmp_path / "dst")
+        verify_checkpoint(tmp_path / "dst")
     shard.unlink()
-    for call in (verify, load_model, open_checkpoint):
+    for call in (verify_checkpoint, load_model, open_checkpoint):
         with pytest.raises(CheckpointError, match=rf"{shard.name} is missing; model\.safetensors\.index\.json places"):
             call(tmp_path / "dst")
 
@@ -300,9 +300,9 @@ def test_a_flipped_bit_and_a_missing_shard_are_found(tmp_path, src):
     ],
 )
 def test_another_version_of_the_layout_is_refused(tmp_path, src, version, message):
-    quantize(src, tmp_path / "dst", bits=4)
+    quantize_checkpoint(src, tmp_path / "dst", bits=4)
     edit(tmp_path / "dst", lambda config: config["quantization"].update(layout=version))
-    for call in (verify, load_model):
+    for call in (verify_checkpoint, load_model):
         with pytest.raises(CheckpointError, match=message):
             call(tmp_path / "dst")
 
@@ -321,14 +321,14 @@ DAMAGE = {
 
 @pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_record_that_is_not_of_these_files_is_an_error(tmp_path, src, change, message):
-    quantize(src, tmp_path / "dst", bits=4)
+    quantize_checkpoint(src, tmp_path / "dst", bits=4)
     edit(tmp_path / "dst", lambda config: change(config["quantization"]))
     with pytest.raises(CheckpointError, match=message):
         load_model(tmp_path / "dst")
 
 
 def test_a_dtype_that_is_none_is_an_error_of_the_file(tmp_path, src):
-    quantize(src, tmp_path / "dst", bits=4)
+    quantize_checkpoint(src, tmp_path / "dst", bits=4)
     edit(tmp_path / "dst", lambda config: config.update(dtype="int3"))
     with pytest.raises(ConfigError, match=r"dst/config\.json: unknown dtype 'int3'; known: float64"):
         load_model(tmp_path / "dst")
@@ -345,15 +345,15 @@ def test_a_source_that_cannot_be_quantized_is_refused(tmp_path, src):
     del tensors[name]
     torch.save(tensors, broken / shard)
     with pytest.raises(CheckpointError, match=rf"tensor '{re.escape(name)}' is missing \(1 of \d+ in all\)"):
-        quantize(broken, tmp_path / "dst", bits=4)
+        quantize_checkpoint(broken, tmp_path / "dst", bits=4)
     edit(src, lambda config: config.update(surprise=1))
     with pytest.raises(ConfigError, match="unknown config key"):
-        quantize(src, tmp_path / "dst", bits=4)
-    quantize(src, tmp_path / "dst", bits=4, ignore_unknown=True)
+        quantize_checkpoint(src, tmp_path / "dst", bits=4)
+    quantize_checkpoint(src, tmp_path / "dst", bits=4, ignore_unknown=True)
     with pytest.raises(UsageError, match=r"dst is quantized already; quantize the checkpoint that it was made from"):
-        quantize(tmp_path / "dst", tmp_path / "again", bits=8)
+        quantize_checkpoint(tmp_path / "dst", tmp_path / "again", bits=8)
     with pytest.raises(UsageError, match="is or lies in the destination"):
-        quantize(src, tmp_path, bits=4)
+        quantize_checkpoint(src, tmp_path, bits=4)
     assert not (tmp_path / "again").exists()
 
 
@@ -366,7 +366,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, method):
     with pytest.raises(
         UsageError, match=r"^model\.layers\.1\.self_attn\.v_proj\.weight: 1 weights are not finite or too"
     ):
-        quantize(tmp_path / "src", tmp_path / "dst", bits=4, method=method, calibration=calibration)
+        quantize_checkpoint(tmp_path / "src", tmp_path / "dst", bits=4, method=method, calibration=calibration)
     assert not (tmp_path / "dst").exists()
 
 
@@ -377,4 +377,4 @@ def test_activations_that_are_not_finite_are_an_error(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"activations of the calibration text are not finite: the weights or the"
     ):
-        quantize(tmp_path / "src", tmp_path / "dst", bits=4, method="gptq", calibration=[3, 4, 5, 6] * 20)
+        quantize_checkpoint(tmp_path / "src", tmp_path / "dst", bits=4, method="gptq", calibration=[3, 4, 5, 6] * 20)

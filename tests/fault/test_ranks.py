@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from small_runs import FIELDS_OF_TIME, arguments, write_tokens
-from yuanmoe.checkpoint.write.verify import verify
+from yuanmoe.checkpoint.write.verify import verify_checkpoint
 from yuanmoe.storage.run_folder import read_metrics
 from yuanmoe.train.state.checkpoint import newest, steps
 
@@ -96,7 +96,7 @@ def test_where_one_rank_dies_the_other_says_so_and_the_last_checkpoint_is_whole(
     assert said.count("error: another process of this run has ended or does not answer") == 1, said
     assert "[rank0]: Traceback" not in said
     assert steps(folder / "checkpoints") == [40]
-    verify(newest(folder / "checkpoints"))
+    verify_checkpoint(newest(folder / "checkpoints"))
 
 
 def test_what_all_ranks_refuse_is_said_once(data, tmp_path):

@@ -17,7 +17,7 @@ from yuanmoe.checkpoint.formats.native_config import Origin
 from yuanmoe.checkpoint.write import writer
 from yuanmoe.cli import main
 from yuanmoe.cli.train import view as training_view
-from yuanmoe.cli.train.job import Job, run_training
+from yuanmoe.cli.train.job import TrainingJob, run_training
 from yuanmoe.config import preset
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.data.sets.megatron import write_megatron
@@ -46,7 +46,7 @@ def job(data, folder, *settings, **changes):
     made = override(named("nano"), (*TINY, *settings))
     console = Console(file=io.StringIO(), width=200)
     opened = open_data([(1.0, data)], made)
-    return Job(model=new_model(made), recipe=made, data=opened, folder=folder, console=console, **changes)
+    return TrainingJob(model=new_model(made), recipe=made, data=opened, folder=folder, console=console, **changes)
 
 
 def seen(console):

@@ -8,10 +8,10 @@ from yuanmoe.config import ModelConfig, preset
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.cluster import WIRES, Cluster, parse_cluster, wires_of
-from yuanmoe.plan.cluster.layout import Layout, Training
+from yuanmoe.plan.cluster.layout import Layout, TrainingStep
 from yuanmoe.plan.cluster.parts import Case
-from yuanmoe.plan.cluster.relief import remedies
-from yuanmoe.plan.cluster.search import Candidate, Request, model_flops, model_flops_utilization, nearest, rank
+from yuanmoe.plan.cluster.relief import cluster_remedies
+from yuanmoe.plan.cluster.search import Candidate, ClusterRequest, model_flops, model_flops_utilization, nearest, rank
 from yuanmoe.plan.device.devices import DEVICES, find_device
 from yuanmoe.units import GIB, parse_rate
 
@@ -23,9 +23,9 @@ def cluster_of(name: str, devices_per_node: int = 8, nodes: int = 12) -> Cluster
     )
 
 
-def request(*words: str, name: str = "h100-80", nodes: int = 12, batch: int = 1536, **training: int) -> Request:
-    return Request(
-        training=Training(config=preset("m32"), sequence_length=4096, global_batch=batch, **training),
+def request(*words: str, name: str = "h100-80", nodes: int = 12, batch: int = 1536, **training: int) -> ClusterRequest:
+    return ClusterRequest(
+        training=TrainingStep(config=preset("m32"), sequence_length=4096, global_batch=batch, **training),
         cluster=cluster_of(name, nodes=nodes),
         words=words,
     )
@@ -88,22 +88,22 @@ def test_m32_needs_a_little_more_than_eight_gpus() -> None:
     plan = nearest(asked)
     assert plan.layout.words == ("dp8", "pp1", "ep8", "fsdp", "mb1", "full")
     assert plan.peak_bytes / GIB == pytest.approx(82.6, abs=0.1)
-    assert remedies(asked, plan) == ["--nodes 2", "devices with 83 GiB", "--cluster 8xh200"]
+    assert cluster_remedies(asked, plan) == ["--nodes 2", "devices with 83 GiB", "--cluster 8xh200"]
     assert rank(request("ep8", "fsdp", "full", nodes=2, batch=1024))
     assert rank(request("ep8", "fsdp", "full", name="h200", nodes=1, batch=1024))
 
 
 def test_what_was_asked_for_may_be_what_does_not_fit() -> None:
     asked = dataclasses.replace(request("replicated", "ep1"), stages=(12, 12))
-    found = remedies(asked, nearest(asked))
+    found = cluster_remedies(asked, nearest(asked))
     assert found[0] == "without --stages"
     assert found[1].startswith("devices with "), "neither more devices nor shorter sequences make a stage smaller"
 
 
 def test_shorter_sequences_help_where_intermediate_results_are_the_problem() -> None:
-    training = Training(config=preset("2b", max_position_embeddings=2**17), sequence_length=2**17, global_batch=8)
-    asked = Request(training=training, cluster=cluster_of("rtx-4090", nodes=1))
-    assert "--seq 65536" in remedies(asked, nearest(asked))
+    training = TrainingStep(config=preset("2b", max_position_embeddings=2**17), sequence_length=2**17, global_batch=8)
+    asked = ClusterRequest(training=training, cluster=cluster_of("rtx-4090", nodes=1))
+    assert "--seq 65536" in cluster_remedies(asked, nearest(asked))
 
 
 PAPER = ModelConfig(
@@ -122,7 +122,7 @@ def test_the_papers_example_of_unequal_stages(micro_batch: int, equal: float, ch
     """Printed: 78 GB in equal stages, 56 GB in [2, 2, 3, 3, 4, 4, 4, 2]; batch, sequence and sharding are not."""
     layout = Layout(data=4, stages=8, experts=1, sharding="optimizer", micro_batch=micro_batch, checkpointing="none")
     cluster = cluster_of("a100-80", nodes=4)
-    training = Training(config=PAPER, sequence_length=4096, global_batch=1152)
+    training = TrainingStep(config=PAPER, sequence_length=4096, global_batch=1152)
     candidate = Candidate(Case(training=training, cluster=cluster, layout=layout))
     best = candidate.plan()
     assert best.stages == (2, 2, 3, 3, 4, 4, 4, 2)
@@ -132,7 +132,7 @@ def test_the_papers_example_of_unequal_stages(micro_batch: int, equal: float, ch
 
 def test_the_published_stages_of_102b_are_equally_full() -> None:
     """2 x 10, 3 x 20, 2, 2 layers with full checkpointing and a sharded optimizer (official script), 96 devices."""
-    training = Training(config=preset("102b"), sequence_length=4096, global_batch=1152)
+    training = TrainingStep(config=preset("102b"), sequence_length=4096, global_batch=1152)
     cluster = cluster_of("a100-80")
     layout = Layout(data=3, stages=32, experts=1, sharding="optimizer", micro_batch=1, checkpointing="full")
     candidate = Candidate(Case(training=training, cluster=cluster, layout=layout))
@@ -159,8 +159,8 @@ def test_a_published_run_of_another_model() -> None:
         sep_token_id=0,
         pad_token_id=0,
     )
-    asked = Request(
-        training=Training(config=config, sequence_length=4096, global_batch=256),
+    asked = ClusterRequest(
+        training=TrainingStep(config=config, sequence_length=4096, global_batch=256),
         cluster=cluster_of("h100-80", nodes=8),
         words=("ep8", "mb1", "optimizer", "none"),
         stages=(8, 8, 8, 8),
@@ -276,8 +276,8 @@ def test_wires_by_place() -> None:
 def test_the_count_of_flops_is_that_of_cost() -> None:
     # One stage, no sharding, nothing computed twice: the time of a step is the model's FLOPs over the rate.
     config = preset("2b")
-    training = Training(config=config, sequence_length=4096, global_batch=8)
-    asked = Request(training=training, cluster=cluster_of("h200", 1, 1), words=("none", "mb1"))
+    training = TrainingStep(config=config, sequence_length=4096, global_batch=8)
+    asked = ClusterRequest(training=training, cluster=cluster_of("h200", 1, 1), words=("none", "mb1"))
     (plan,) = rank(asked)
     flops = 8 * 4096 * cost.training_flops(config, 4097 / 2)
     assert plan.time.compute == pytest.approx(flops / (0.5 * 989e12))

@@ -5,8 +5,8 @@ import torch
 
 from yuanmoe.config import PRESETS, preset
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
-from yuanmoe.ops.quantize.groupwise import pack, quantize
+from yuanmoe.model.decoder import CausalLM
+from yuanmoe.ops.quantize.groupwise import pack_weight, quantize_weight
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
 
@@ -101,7 +101,7 @@ def test_one_token_reads_the_active_parameters() -> None:
 @pytest.mark.parametrize("shape", [(16, 64), (3, 65), (33, 7), (40, 200)])
 def test_quantized_bytes_are_those_of_the_packed_layout(shape: tuple[int, int], bits: int) -> None:
     weight = cost.Weight(role="experts", shape=shape)
-    packed = pack(quantize(torch.ones(shape), bits, 64))
+    packed = pack_weight(quantize_weight(torch.ones(shape), bits, 64))
     assert cost.PRECISIONS[bits].weight_bytes(weight) == packed.nbytes
 
 
@@ -125,5 +125,5 @@ def test_unknown_bits_say_which_there_are() -> None:
 def test_the_module_has_as_many_parameters(name: str) -> None:
     config = preset(name)
     with torch.device("meta"):
-        model = YuanForCausalLM(config)
+        model = CausalLM(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == sum(cost.parameters(config).values())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_documents import Lists
 from yuanmoe.data.sets.datasets import open_documents
 from yuanmoe.data.sets.megatron import MegatronTokens, write_megatron
-from yuanmoe.data.sets.verify import verify
+from yuanmoe.data.sets.verify import verify_dataset
 from yuanmoe.errors import DataError
 
 DOCUMENTS = [[7, 8, 9], [], [77185, 1]]
@@ -45,7 +45,7 @@ def test_what_the_official_preprocessing_writes_is_read(pair):
     assert tokens.read(0, 1, 2).tolist() == [8]
     assert tokens.mask(0, 0, 3) is None
     assert open_documents(f"{pair}.bin").fingerprint == tokens.fingerprint
-    assert verify(tokens) == len(INDEX) + len(DATA)
+    assert verify_dataset(tokens) == len(INDEX) + len(DATA)
 
 
 def test_we_write_the_same_bytes(tmp_path):
@@ -125,7 +125,7 @@ def test_ids_outside_the_vocabulary_are_found(pair, tmp_path):
     assert not (tmp_path / "new.idx").exists()
     pair.with_suffix(".bin").write_bytes(b"\xff" * 20)
     with pytest.raises(DataError, match=r"document 0 of .* holds the token id -1"):
-        verify(MegatronTokens(pair))
+        verify_dataset(MegatronTokens(pair))
 
 
 def test_what_is_there_is_not_replaced(pair):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from small_models import route_gap
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.decoder import Output, YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM, ModelOutput
 
 GOLDEN = Path(__file__).with_name("model.json")
 TOLERANCE = 1e-4
@@ -56,8 +56,8 @@ def sequence() -> Tensor:
     return ids[None]
 
 
-def model_of(changes: dict) -> YuanForCausalLM:
-    model = YuanForCausalLM(ModelConfig(**SIZES | changes))
+def model_of(changes: dict) -> CausalLM:
+    model = CausalLM(ModelConfig(**SIZES | changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             place = torch.arange(parameter.numel(), dtype=torch.float64) + zlib.crc32(name.encode()) % 1000
@@ -66,12 +66,12 @@ def model_of(changes: dict) -> YuanForCausalLM:
     return model.eval()
 
 
-def run(changes: dict) -> Output:
+def run(changes: dict) -> ModelOutput:
     with torch.no_grad():
         return model_of(changes)(sequence())
 
 
-def kept(output: Output) -> dict:
+def kept(output: ModelOutput) -> dict:
     rows = output.logits[0, POSITIONS, :ENTRIES].tolist()
     routes = [routing.experts[POSITIONS].tolist() for routing in output.routings]
     return {"logits": [[round(value, 5) for value in row] for row in rows], "experts": routes}

@@ -9,15 +9,15 @@ from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan.device import machine, planner
 from yuanmoe.plan.device.devices import DEVICES, Device, find_device
 from yuanmoe.plan.device.machine import Machine, Rate, as_device
-from yuanmoe.plan.device.planner import Load, Remedy
+from yuanmoe.plan.device.planner import Remedy, Workload
 from yuanmoe.units import GIB, format_count, format_size, parse_size
 
 M32 = preset("m32")
 TWO_CORES = find_device("24GiB-2core")
 
 
-def load(bits: int = 4, context: int = 4096, batch: int = 1) -> Load:
-    return Load(config=M32, bits=bits, context=context, batch=batch)
+def load(bits: int = 4, context: int = 4096, batch: int = 1) -> Workload:
+    return Workload(config=M32, bits=bits, context=context, batch=batch)
 
 
 def test_memory_of_m32_in_4_bits() -> None:
@@ -36,7 +36,7 @@ def test_m32_in_4_bits_fits_24_gib_and_not_16() -> None:
 
 
 def test_decode_is_bound_by_the_bytes_it_reads() -> None:
-    speed = planner.decode(load(), TWO_CORES, context=0)
+    speed = planner.decode_speed(load(), TWO_CORES, context=0)
     assert speed.bytes_read == 2_213_982_208 + 147_456
     assert speed.bound == pytest.approx(33e9 / speed.bytes_read)
     assert speed.limited_by == "bandwidth"
@@ -47,12 +47,12 @@ def test_the_prediction_beside_a_measured_token() -> None:
     # docs/log.md: two layers without a head to speak of, 25.0 GB/s of read bandwidth, 30.9 ms (28.0 to 42.7).
     cores = dataclasses.replace(TWO_CORES, bandwidth=25e9)
     config = M32.replace(num_hidden_layers=2, vocab_size=1024, eod_token_id=0, sep_token_id=1, pad_token_id=2)
-    speed = planner.decode(Load(config=config, bits=16, context=256), cores)
+    speed = planner.decode_speed(Workload(config=config, bits=16, context=256), cores)
     assert 1e3 / speed.predicted == pytest.approx(30.9, rel=0.05)
 
 
 def test_prefill_is_bound_by_flops() -> None:
-    speed = planner.prefill(load(context=512), TWO_CORES)
+    speed = planner.prefill_speed(load(context=512), TWO_CORES)
     assert speed is not None
     assert speed.limited_by == "compute"
     # 745 GOP/s of int8 over 7.4 - 0.55 GFLOP a token (the head works once) and the attention.
@@ -60,11 +60,11 @@ def test_prefill_is_bound_by_flops() -> None:
 
 
 def test_prefill_is_unknown_without_a_matmul_rate() -> None:
-    assert planner.prefill(load(), find_device("mac-m4-pro-24")) is None
+    assert planner.prefill_speed(load(), find_device("mac-m4-pro-24")) is None
 
 
 def test_a_batch_shares_what_it_reads() -> None:
-    one, sixteen = (planner.decode(load(batch=size), find_device("h100-80"), context=0).bound for size in (1, 16))
+    one, sixteen = (planner.decode_speed(load(batch=size), find_device("h100-80"), context=0).bound for size in (1, 16))
     assert one < sixteen < 16 * one
 
 
@@ -81,16 +81,16 @@ def test_a_batch_shares_what_it_reads() -> None:
             "rtx-4090",
             ["--bits 4 --context 2523", "--bits 4 --batch 1", "--device mac-m4-pro-48"],
         ),
-        (Load(config=preset("102b"), bits=16, context=4096), "h200", ["--bits 8"]),
-        (Load(config=preset("102b"), bits=16, context=4096, batch=99), "laptop-16", []),
+        (Workload(config=preset("102b"), bits=16, context=4096), "h200", ["--bits 8"]),
+        (Workload(config=preset("102b"), bits=16, context=4096, batch=99), "laptop-16", []),
     ],
 )
-def test_remedies(asked: Load, device: str, options: list[str]) -> None:
-    assert [remedy.options for remedy in planner.remedies(asked, find_device(device))] == options
+def test_remedies(asked: Workload, device: str, options: list[str]) -> None:
+    assert [remedy.options for remedy in planner.device_remedies(asked, find_device(device))] == options
 
 
 def test_a_remedy_says_what_it_takes() -> None:
-    remedies = planner.remedies(load(bits=16), TWO_CORES)
+    remedies = planner.device_remedies(load(bits=16), TWO_CORES)
     assert remedies[0] == Remedy(options="--bits 4", total_bytes=planner.memory(load()).total)
 
 
@@ -220,7 +220,7 @@ def test_rates_are_medians_with_their_spread(monkeypatch: pytest.MonkeyPatch) ->
     seconds = iter([9.0, 1.0, 4.0, 2.0])
     monkeypatch.setattr(machine, "_seconds", lambda action: next(seconds))
     calls = []
-    rate = machine.measure(lambda: calls.append(1), work=8, rounds=3)
+    rate = machine.measure_rate(lambda: calls.append(1), work=8, rounds=3)
     assert rate == Rate(median=8 / 4.0, low=8 / 9.0, high=8.0)
     assert rate.spread == pytest.approx((8 - 8 / 9) / 2)
 

@@ -13,7 +13,7 @@ import torch
 
 from small_models import random_model, small_config
 from yuanmoe.checkpoint.open import open_checkpoint
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.evals.quality import quality
 
@@ -55,7 +55,9 @@ def trained():
 def test_perplexity_hardly_changes(tmp_path, bits, method):
     save_native(trained(), CONFIG, tmp_path / "src")
     calibration = read(argparse)[:4000] if method == "gptq" else []
-    quantize(tmp_path / "src", tmp_path / "dst", bits=bits, group_size=64, method=method, calibration=calibration)
+    quantize_checkpoint(
+        tmp_path / "src", tmp_path / "dst", bits=bits, group_size=64, method=method, calibration=calibration
+    )
     found = quality(open_checkpoint(tmp_path / "src"), tmp_path / "dst", read(optparse)[:3000], LENGTH)
     assert found["perplexity_before"] < 40  # 256 would be guessing
     assert abs(found["perplexity_change"]) < LARGEST_CHANGE[bits, method]

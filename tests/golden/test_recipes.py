@@ -5,7 +5,7 @@ import math
 import pytest
 
 from small_runs import recipe
-from yuanmoe.checkpoint.adapters.adapter import active_parameters, matrices
+from yuanmoe.checkpoint.adapters.adapter import active_lora_parameters, adaptable_matrices
 from yuanmoe.config import preset
 from yuanmoe.errors import ConfigError, UsageError
 from yuanmoe.model.lora.targets import num_parameters, targets
@@ -80,12 +80,12 @@ def test_longer_contexts_change_the_base_by_the_formula():
 def test_m32_lora_learns_less_than_a_hundredth():
     made = named("m32-lora")
     assert made.lora is not None
-    shapes = targets(matrices(made.model), made.lora)
+    shapes = targets(adaptable_matrices(made.model), made.lora)
     learned = sum(num_parameters(shape, made.lora.rank) for shape in shapes.values())
     assert learned == 361_758_720
     assert f"{learned / sum(cost.parameters(made.model).values()):.2%}" == "0.91%"
     # A token passes 2 of 32 experts, and the frozen weights have no gradient of their own.
-    active = active_parameters(made.model, made.lora)
+    active = active_lora_parameters(made.model, made.lora)
     assert active == 4 * 2_359_296 + 352_321_536 / 16
     assert flops_per_token(made) == pytest.approx(
         4 * sum(cost.active_parameters(made.model).values()) + 6 * active + 12 * 4096 * 24 * 2049 / 2

@@ -12,7 +12,7 @@ import torch
 
 import yuanmoe
 from yuanmoe.checkpoint.open import open_checkpoint
-from yuanmoe.checkpoint.write.verify import verify
+from yuanmoe.checkpoint.write.verify import verify_checkpoint
 from yuanmoe.cli.main import main
 from yuanmoe.errors import CheckpointError
 from yuanmoe.plan import cost
@@ -61,7 +61,7 @@ def row(card, name):
 
 
 def test_it_is_whole_and_small():
-    found = verify(small_folder())
+    found = verify_checkpoint(small_folder())
     assert found.hashed_bytes > found.nbytes > 0
     assert sum(file.stat().st_size for file in small_folder().iterdir()) < 25 * MIB
 

@@ -10,7 +10,7 @@ import torch
 from small_documents import Lists
 from small_runs import BATCH, LENGTH, batches, heldout, recipe, training, whole_batch
 from yuanmoe.config import preset
-from yuanmoe.data.loader.loader import Loader, LoaderOptions, Source
+from yuanmoe.data.loader.loader import Loader, LoaderOptions, WeightedDocuments
 from yuanmoe.errors import DataError
 from yuanmoe.model import experts, router
 from yuanmoe.ops.cross_entropy import head_cross_entropy_reference
@@ -57,7 +57,7 @@ def test_a_text_that_repeats_is_learned_by_heart():
     made = recipe(learning_rate=3e-3, embedding_rate=1.0, embedding_std=None, max_tokens=40 * LENGTH * BATCH)
     ids = np.tile(np.random.default_rng(0).permutation(61) + 3, 20).astype(np.uint16)
     options = LoaderOptions(length=LENGTH, batch_size=BATCH, vocab_size=64)
-    loader = Loader([Source(documents=Lists([ids]))], options)
+    loader = Loader([WeightedDocuments(documents=Lists([ids]))], options)
     losses = [each.loss for each in Training(new_model(made), made, loader.batch)]
     assert losses[0] == pytest.approx(math.log(64), rel=0.02)
     assert losses[-1] < losses[0] / 2

@@ -21,11 +21,11 @@ from checkpoint_writers import (
 )
 from small_models import small_config
 from yuanmoe.checkpoint.files.lazy import TensorView
-from yuanmoe.checkpoint.formats.gptq import PackedTensor, packed_tensors
+from yuanmoe.checkpoint.formats.gptq import GPTQTensor, packed_tensors
 from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.load import load_model, load_state
 from yuanmoe.checkpoint.open import open_checkpoint
-from yuanmoe.checkpoint.write.convert import convert
+from yuanmoe.checkpoint.write.convert import convert_checkpoint
 from yuanmoe.checkpoint.write.save import save_native, save_official
 from yuanmoe.config import PRESETS, preset
 
@@ -104,7 +104,7 @@ def test_gptq_pieces_are_one_file_and_dequantize_as_the_formula_says(tmp_path, b
     assert_same(load_file(tmp_path / "plain" / "model.safetensors"), expected)
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     packed = source.stored["model.layers.1.mlp.experts.7.w1.weight"]
-    assert isinstance(packed, PackedTensor)
+    assert isinstance(packed, GPTQTensor)
     assert packed.qweight.read().shape == (16 * bits // 32, 32)
 
 
@@ -192,14 +192,14 @@ def test_conversion_takes_dtype_rope_base_and_the_small_files_along(tmp_path):
     folder = write_bin(tmp_path / "m", official_json(MOE), official_state(MOE, random_state(MOE)), shards=2)
     for name in ("tokenizer.model", "generation_config.json", "secret.txt"):
         (folder / name).write_text(name)
-    convert(folder, tmp_path / "n", dtype=torch.bfloat16, rope_theta=40890.0)
+    convert_checkpoint(folder, tmp_path / "n", dtype=torch.bfloat16, rope_theta=40890.0)
     source = open_checkpoint(tmp_path / "n")
     assert source.dtype == torch.bfloat16
     assert source.config == MOE.replace(rope_theta=40890.0)
     assert json.loads((tmp_path / "n" / "config.json").read_text())["dtype"] == "bfloat16"
     names = {path.name for path in (tmp_path / "n").iterdir()}
     assert names == {"config.json", "model.safetensors", "manifest.json", "tokenizer.model", "generation_config.json"}
-    convert(tmp_path / "n", tmp_path / "o", to="official")
+    convert_checkpoint(tmp_path / "n", tmp_path / "o", to="official")
     values = json.loads((tmp_path / "o" / "config.json").read_text())
     assert values["rope_theta"] == 40890.0
     assert values["reset_position_ids"] is True
@@ -209,8 +209,8 @@ def test_conversion_takes_dtype_rope_base_and_the_small_files_along(tmp_path):
 def test_golden_checkpoints_come_back_bit_for_bit(tmp_path, shared_dir):
     for name in ("moe-tiny", "moe-32x2", "dense-tiny"):
         golden = shared_dir / "golden" / name
-        convert(golden, tmp_path / name, shard_bytes=1_000_000)
-        convert(tmp_path / name, tmp_path / f"{name}-again", to="official")
+        convert_checkpoint(golden, tmp_path / name, shard_bytes=1_000_000)
+        convert_checkpoint(tmp_path / name, tmp_path / f"{name}-again", to="official")
         found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / f"{name}-again", golden))
         assert_same(found, expected)
         configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / f"{name}-again", golden)]

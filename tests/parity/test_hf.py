@@ -31,7 +31,7 @@ from yuanmoe.checkpoint.formats.official_config import official_config
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.errors import CheckpointError, ConfigError, MissingExtraError
 from yuanmoe.hosts.hf import YuanConfig, YuanForCausalLM
-from yuanmoe.model.decoder import YuanForCausalLM as NativeModel
+from yuanmoe.model.decoder import CausalLM as NativeModel
 
 load = AutoModelForCausalLM.from_pretrained
 MOE = small_config(num_experts=4, tie_word_embeddings=True)

@@ -15,7 +15,7 @@ from small_models import random_ids, small_config
 from yuanmoe.checkpoint.formats.official_config import official_config
 from yuanmoe.errors import UsageError
 from yuanmoe.hosts.hf import YuanConfig, YuanForCausalLM
-from yuanmoe.model.decoder import YuanForCausalLM as NativeModel
+from yuanmoe.model.decoder import CausalLM as NativeModel
 
 # transformers warns of names that it renamed while PEFT and older versions still need them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing:FutureWarning")

@@ -8,20 +8,26 @@ import torch
 
 from small_adapters import adapted, factors, settings
 from small_models import VARIANTS, random_ids, random_model, small_config
-from yuanmoe.checkpoint.adapters.adapter import Adapter, attach_adapter, base_of, matrices, open_adapter, save_adapter
-from yuanmoe.checkpoint.adapters.merge import merge
+from yuanmoe.checkpoint.adapters.adapter import (
+    Adapter,
+    adaptable_matrices,
+    attach_adapter,
+    base_of,
+    open_adapter,
+    save_adapter,
+)
+from yuanmoe.checkpoint.adapters.merge import merge_adapter
 from yuanmoe.checkpoint.adapters.peft import CONFIG, export_peft
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.checkpoint.write.save import save_native, save_official
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.lora.attach import attach, attached, detach
-from yuanmoe.model.lora.targets import ROLES, ROUTER, role_of
+from yuanmoe.model.lora.targets import ROLES, ROUTER, lora_role_of
 from yuanmoe.ops.products.grouped import experts_forward, experts_reference
 from yuanmoe.ops.products.low_rank import Factors
 from yuanmoe.ops.products.packed_linear import packed_linear
-from yuanmoe.ops.quantize.groupwise import dequantize, pack, round_activations
-from yuanmoe.ops.quantize.groupwise import quantize as quantize_weight
+from yuanmoe.ops.quantize.groupwise import dequantize_weight, pack_weight, quantize_weight, round_activations
 from yuanmoe.train.recipe.recipe import BalanceSettings
 from yuanmoe.train.steps.balance import balance_loss
 from yuanmoe.train.steps.step import Windows, forward_loss
@@ -42,7 +48,7 @@ def merged(model, adapter: Adapter):
     again = random_model(model.config.replace(tie_word_embeddings=False))
     state = dict(model.state_dict())
     state["lm_head.weight"] = state.get("lm_head.weight", state["model.embed_tokens.weight"])
-    for name in matrices(model.config):
+    for name in adaptable_matrices(model.config):
         if f"{name}.a" in adapter.tensors:
             a, b = (adapter.tensors[f"{name}.{part}"].double() for part in "ab")
             state[name] = (state[name].double() + adapter.settings.scale * (b @ a)).float()
@@ -59,7 +65,7 @@ def test_every_role_has_a_case():
 def test_factors_equal_the_weights_that_they_stand_for(role, tokens):
     config = small_config(**KINDS[role])
     model, adapter = adapted(config, of_role(role, rslora=role == "o"))
-    assert {role_of(name) for name in attached(model)} == {role} | ({"q"} if role == ROUTER else set())
+    assert {lora_role_of(name) for name in attached(model)} == {role} | ({"q"} if role == ROUTER else set())
     ids = random_ids(1, tokens)
     with torch.no_grad():
         expected, plain = merged(model, adapter)(ids), random_model(config)(ids)
@@ -86,7 +92,7 @@ def test_the_head_learns_also_where_it_is_the_embedding(tied):
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_a_new_adapter_changes_no_bit_and_a_detached_one_leaves_none(kind):
     config = small_config(**VARIANTS[kind])
-    roles = {role_of(name) for name in matrices(config)} - {ROUTER}
+    roles = {lora_role_of(name) for name in adaptable_matrices(config)} - {ROUTER}
     made = settings(*sorted(roles), router=config.is_moe)
     plain, ids = random_model(config), random_ids(2, 11)
     model, _ = adapted(config, made, b_std=0.0)
@@ -146,11 +152,14 @@ def test_dropout_works_in_training_alone():
 @pytest.mark.parametrize("lead", [(), (2,)])
 def test_the_gradient_through_packed_weights_is_that_of_their_numbers(bits, lead):
     torch.manual_seed(0)
-    weight, x = pack(quantize_weight(torch.randn(*lead, 40, 70), bits, 32)), torch.randn(5, 70, requires_grad=True)
+    weight, x = (
+        pack_weight(quantize_weight(torch.randn(*lead, 40, 70), bits, 32)),
+        torch.randn(5, 70, requires_grad=True),
+    )
     out = packed_linear(x, weight)
     above = torch.randn_like(out)
     out.backward(above)
-    matrix = dequantize(weight).flatten(0, -2)
+    matrix = dequantize_weight(weight).flatten(0, -2)
     torch.testing.assert_close(x.grad, above @ matrix)
     torch.testing.assert_close(out, round_activations(x, 32, torch.float32) @ matrix.T, rtol=1e-4, atol=1e-4)
 
@@ -161,11 +170,11 @@ def test_packed_experts_pass_gradients_on_as_their_parts_do(tokens):
     torch.manual_seed(0)
     x, weights = torch.randn(tokens, 32, requires_grad=True), torch.rand(tokens, 2)
     experts = torch.tensor([[2, 0], [3, 2], [0, 3]]).repeat(3, 1)[:tokens]
-    gate_up, down = (pack(quantize_weight(torch.randn(shape), 4, 32)) for shape in ((4, 2, 32, 32), (4, 32, 32)))
+    gate_up, down = (pack_weight(quantize_weight(torch.randn(shape), 4, 32)) for shape in ((4, 2, 32, 32), (4, 32, 32)))
     factors = Factors(torch.randn(4, 3, 32), torch.randn(4, 64, 3), 0.1), Factors(*torch.randn(2, 4, 3, 32), 0.1)
     factors = factors[0], factors[1]._replace(b=factors[1].b.mT)
     out = experts_forward(x, gate_up, down, weights, experts, *factors)
-    whole = dequantize(gate_up).flatten(1, 2), dequantize(down)
+    whole = dequantize_weight(gate_up).flatten(1, 2), dequantize_weight(down)
     expected = experts_reference(x, *whole, weights, experts, *factors)
     assert (out - expected).norm() < 0.02 * expected.norm()  # activations in 8 bits
     above = torch.randn_like(out)
@@ -183,7 +192,7 @@ def folders(tmp_path_factory):
     state = {name: tensor.bfloat16() for name, tensor in random_model(config).state_dict().items()}
     save_native(state, config, folder / "whole")
     save_official(state, config, folder / "official")
-    quantize(folder / "whole", folder / "four", bits=4)
+    quantize_checkpoint(folder / "whole", folder / "four", bits=4)
     return folder
 
 
@@ -247,7 +256,7 @@ def test_merged_weights_are_the_adapted_model(tmp_path, tied):
     model, adapter = adapted(config, settings(*roles, router=True))
     save_native(random_model(config).state_dict(), config, tmp_path / "base")
     save_adapter(adapter, tmp_path / "adapter")
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", shard_bytes=4000)
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", shard_bytes=4000)
     again, ids = load_model(tmp_path / "merged"), random_ids(2, 9)
     assert not again.config.tie_word_embeddings
     with torch.no_grad():

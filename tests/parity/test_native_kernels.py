@@ -37,14 +37,14 @@ def supported() -> list[Kernels]:
 
 
 def packed(*shape: int, bits: int = 4, group_size: int = 64) -> quant.PackedTensor:
-    return quant.pack(quant.quantize(torch.randn(shape) * 0.1, bits, group_size))
+    return quant.pack_weight(quant.quantize_weight(torch.randn(shape) * 0.1, bits, group_size))
 
 
 def linear_bound(x, weight) -> torch.Tensor:
     """Each group is scaled with two roundings, and each addition of a group rounds once."""
     magnitude = (
         quant.round_activations(x, weight.group_size, torch.float64).abs()
-        @ quant.dequantize(weight, torch.float64).abs().mT
+        @ quant.dequantize_weight(weight, torch.float64).abs().mT
     )
     return (weight.scales.shape[-2] + 3) * EPSILON * magnitude
 
@@ -64,7 +64,7 @@ def test_quantized_linear_is_within_its_bound_on_every_variant(tokens, rows, col
     torch.manual_seed(seed)
     x, weight = torch.randn(tokens, columns), packed(rows, columns, bits=form[0], group_size=form[1])
     results = [kernels.linear(x, weight) for kernels in supported()]
-    assert_within(results[0], quant.linear(x, weight, torch.float64), linear_bound(x, weight))
+    assert_within(results[0], quant.reference_linear(x, weight, torch.float64), linear_bound(x, weight))
     assert all(torch.equal(result, results[0]) for result in results), "variants differ"
 
 
@@ -72,10 +72,12 @@ def test_quantized_linear_is_within_its_bound_on_every_variant(tokens, rows, col
 def test_extreme_codes_and_scales_do_not_overflow(bits, group_size):
     low = torch.full((20, 256), -(2 ** (bits - 1)), dtype=torch.int8)
     scales = torch.full((20, 256 // group_size), 65504.0).half()
-    weight = quant.pack(quant.QuantizedTensor(codes=low, scales=scales, bits=bits, group_size=group_size))
+    weight = quant.pack_weight(quant.QuantizedTensor(codes=low, scales=scales, bits=bits, group_size=group_size))
     x = torch.full((7, 256), -1e3)
     for kernels in supported():
-        assert_within(kernels.linear(x, weight), quant.linear(x, weight, torch.float64), linear_bound(x, weight))
+        assert_within(
+            kernels.linear(x, weight), quant.reference_linear(x, weight, torch.float64), linear_bound(x, weight)
+        )
 
 
 def test_a_token_is_the_same_alone_in_a_batch_and_on_any_number_of_threads():
@@ -105,7 +107,7 @@ def hidden_and_error(x, gate_up, expert, group_size):
     The float32 rounding of gate and up (taken as 1e-4, some hundred times what it is) shifts a value a little, and to
     the neighbouring code where it is that close to a tie.
     """
-    gate, up = (quant.linear(x, quant.matrix_of(gate_up, expert, half), torch.float64) for half in (0, 1))
+    gate, up = (quant.reference_linear(x, quant.matrix_of(gate_up, expert, half), torch.float64) for half in (0, 1))
     hidden = F.silu(gate) * up
     rounded = quant.round_activations(hidden, group_size, torch.float64)
     step = quant.quantize_activations(hidden, group_size)[1].double().repeat_interleave(group_size, -2).squeeze(-1)
@@ -120,7 +122,7 @@ def mixture_and_bound(x, gate_up, down, weights, experts):
     for token, choice in ((n, k) for n in range(len(x)) for k in range(experts.shape[1])):
         expert, share = int(experts[token, choice]), weights[token, choice].double()
         hidden, error = hidden_and_error(x[token], gate_up, expert, down.group_size)
-        matrix = quant.dequantize(quant.matrix_of(down, expert), torch.float64)
+        matrix = quant.dequantize_weight(quant.matrix_of(down, expert), torch.float64)
         rounding = (down.scales.shape[-2] + 5) * EPSILON * hidden.abs()
         out[token] += share * (matrix @ hidden)
         bound[token] += share.abs() * (matrix.abs() @ (error + rounding))
@@ -197,7 +199,7 @@ def test_what_is_not_finite_never_becomes_a_plausible_number(value):
         out = kernels.linear(x, weight)
         assert out[0].isfinite().all()
         assert out[1].isnan().all()
-    assert quant.linear(x, weight)[1].isnan().all()
+    assert quant.reference_linear(x, weight)[1].isnan().all()
 
 
 def test_tiny_and_zero_groups_count_as_zeros():
@@ -205,7 +207,7 @@ def test_tiny_and_zero_groups_count_as_zeros():
     x[1] = 1e-36
     for kernels in supported():
         assert not kernels.linear(x, weight).any()
-    assert not quant.linear(x, weight).any()
+    assert not quant.reference_linear(x, weight).any()
 
 
 def test_what_does_not_fit_is_refused_before_pointers_cross():
@@ -225,7 +227,7 @@ def test_what_does_not_fit_is_refused_before_pointers_cross():
     with pytest.raises(UsageError, match=r"an expert id is outside 0\.\.2"):
         native.quantized_moe(x.detach(), gate_up, down, shares, ids)
     with pytest.raises(UsageError, match=r"expert id 3 is outside 0\.\.2"):
-        quant.mixture(x.detach(), gate_up, down, shares, ids)
+        quant.reference_mixture(x.detach(), gate_up, down, shares, ids)
     with pytest.raises(UsageError, match=r"pack them as \[E, 2, F, D\]"):
         native.quantized_moe(x.detach(), packed(3, 80, 64), down, shares, ids)
     with pytest.raises(UsageError, match=r"they must be \[F, D\] and \[D, F\]"):

@@ -8,10 +8,10 @@ import torch
 from small_models import random_ids, random_model, small_config
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.checkpoint.open import open_checkpoint
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.errors import CheckpointError, UsageError
-from yuanmoe.evals.quality import Reading, compare, quality, read_loaded, read_streamed
+from yuanmoe.evals.quality import TextReading, compare, quality, read_loaded, read_streamed
 from yuanmoe.evals.reading import losses
 
 VARIANTS = {
@@ -42,7 +42,7 @@ def test_a_checkpoint_read_layer_by_layer_is_the_model(tmp_path, changes):
 def test_the_numbers_are_those_of_the_models(tmp_path):
     config = small_config(initializer_range=0.1)
     save_native(random_model(config).state_dict(), config, tmp_path / "model")
-    quantize(tmp_path / "model", tmp_path / "four", bits=4)
+    quantize_checkpoint(tmp_path / "model", tmp_path / "four", bits=4)
     ids = random_ids(200).tolist()
     heard = []
     found = quality(open_checkpoint(tmp_path / "model"), tmp_path / "four", ids, 64, heard.append)
@@ -62,8 +62,8 @@ def test_comparing_counts_what_differs():
     nats = torch.tensor([1.0, 2.0, 3.0])
     routes = [torch.tensor([[0, 1], [2, 3], [1, 4]]), torch.tensor([[0, 1], [0, 1], [0, 1]])]
     others = [torch.tensor([[0, 1], [2, 4], [1, 5]]), routes[1]]
-    before = Reading(nats, torch.tensor([5, 6, 7]), routes)
-    found = compare(before, Reading(nats + math.log(2), torch.tensor([5, 6, 8]), others))
+    before = TextReading(nats, torch.tensor([5, 6, 7]), routes)
+    found = compare(before, TextReading(nats + math.log(2), torch.tensor([5, 6, 8]), others))
     assert found["perplexity_change"] == pytest.approx(1.0)
     assert found["top1_agreement"] == pytest.approx(2 / 3)
     assert (found["routing_changed"], found["routing_decisions"]) == (2, 6)
@@ -73,7 +73,7 @@ def test_comparing_counts_what_differs():
 
 
 def test_a_model_without_likelihoods_is_an_error():
-    good = Reading(torch.ones(4), torch.zeros(4, dtype=torch.long), [])
+    good = TextReading(torch.ones(4), torch.zeros(4, dtype=torch.long), [])
     with pytest.raises(
         CheckpointError, match=r"^4 of 4 tokens have no likelihood under the quantized model; its weights"
     ):

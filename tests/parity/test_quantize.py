@@ -8,12 +8,12 @@ import torch
 
 from checkpoint_writers import official_json, official_state, write_bin, write_gptq, write_megatron, write_safetensors
 from small_models import random_ids, random_model, small_config
-from yuanmoe.checkpoint.formats.gptq import PackedTensor
+from yuanmoe.checkpoint.formats.gptq import GPTQTensor
 from yuanmoe.checkpoint.formats.packed_weight import PackedWeight
 from yuanmoe.checkpoint.load import load_model, load_state
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.quantize.encoding import Noise
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.checkpoint.quantize.report import decibels
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.generate import Generation
@@ -21,8 +21,8 @@ from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import UsageError
 from yuanmoe.evals.quality import read_loaded, read_streamed
 from yuanmoe.ops import native
-from yuanmoe.ops.quantize.groupwise import dequantize, unpack
-from yuanmoe.ops.quantize.groupwise import quantize as quantize_tensor
+from yuanmoe.ops.quantize.groupwise import dequantize_weight, unpack_weight
+from yuanmoe.ops.quantize.groupwise import quantize_weight as quantize_tensor
 
 # The released layout has no key for it: hidden / heads channels of a head rotate.
 CONFIG = small_config(hidden_size=64, head_dim=64, intermediate_size=0, moe_intermediate_size=32, initializer_range=0.1)
@@ -59,14 +59,14 @@ def distance(found, expected):
 @torch.inference_mode()
 def test_every_format_is_quantized_and_speaks(tmp_path, kind, config):
     src = write(kind, tmp_path / "src", config)
-    quantize(src, tmp_path / "dst", bits=8, method="rtn")
+    quantize_checkpoint(src, tmp_path / "dst", bits=8, method="rtn")
     source, found = open_checkpoint(src), open_checkpoint(tmp_path / "dst")
     assert (found.config, found.dtype) == (source.config, torch.bfloat16)
     for name, tensor in found.tensors.items():
         whole = source.tensors[name].read()
         if isinstance(tensor, PackedWeight):
-            steps = unpack(tensor.packed()).scales.float().repeat_interleave(64, -1)[..., : whole.shape[-1]]
-            error = (dequantize(tensor.packed()).view(whole.shape) - whole.float()).abs()
+            steps = unpack_weight(tensor.packed()).scales.float().repeat_interleave(64, -1)[..., : whole.shape[-1]]
+            error = (dequantize_weight(tensor.packed()).view(whole.shape) - whole.float()).abs()
             # The largest weight of a group may fall on code 128, which there is not: one step less.
             assert (error <= steps.abs().view(whole.shape) * 1.001).all(), name
             assert error.mean() <= steps.abs().mean() / 3, name
@@ -86,7 +86,7 @@ def test_codes_of_gptq_files_are_kept_bit_for_bit(tmp_path, bits):
     official = official_state(CONFIG, weights(CONFIG))
     write_gptq(tmp_path / "src", official_json(CONFIG), official, bits, (0.3, 0.7), group=32, symmetric=True)
     roles = {"lfa": 16, "embedding": 16}
-    done = quantize(tmp_path / "src", tmp_path / "dst", roles=roles)
+    done = quantize_checkpoint(tmp_path / "src", tmp_path / "dst", roles=roles)
     assert done.report["roles"]["experts"]["bits"] == bits
     source, found = open_checkpoint(tmp_path / "src"), open_checkpoint(tmp_path / "dst")
     assert done.report["group_size"] == 32
@@ -95,11 +95,11 @@ def test_codes_of_gptq_files_are_kept_bit_for_bit(tmp_path, bits):
         assert torch.equal(tensor.read(), source.tensors[name].read()), name
     stored = source.stored["model.layers.1.self_attn.v_proj.weight"]
     kept = found.tensors["model.layers.1.self_attn.v_proj.weight"]
-    assert isinstance(stored, PackedTensor)
+    assert isinstance(stored, GPTQTensor)
     assert isinstance(kept, PackedWeight)
     codes, scales = stored.signed(0, stored.shape[0])
-    assert torch.equal(unpack(kept.packed()).codes, codes)
-    assert torch.equal(unpack(kept.packed()).scales, scales)
+    assert torch.equal(unpack_weight(kept.packed()).codes, codes)
+    assert torch.equal(unpack_weight(kept.packed()).scales, scales)
     assert done.report["roles"]["experts"]["snr_db"] is None
     assert "12 of 12 quantized weights keep the codes of the GPTQ files bit for bit" in done.report["notes"][0]
     assert done.report["worst"] == []
@@ -108,7 +108,7 @@ def test_codes_of_gptq_files_are_kept_bit_for_bit(tmp_path, bits):
 def test_gptq_codes_that_no_kernel_knows_are_quantized_again_and_it_is_said(tmp_path):
     official = official_state(CONFIG, weights(CONFIG))
     write_gptq(tmp_path / "src", official_json(CONFIG), official, 4, (), group=32)
-    done = quantize(tmp_path / "src", tmp_path / "dst", bits=8)
+    done = quantize_checkpoint(tmp_path / "src", tmp_path / "dst", bits=8)
     assert done.report["group_size"] == 64
     assert "0 of 17 quantized weights keep the codes" in done.report["notes"][-1]
     assert done.report["roles"]["experts"]["snr_db"] > 40
@@ -117,7 +117,7 @@ def test_gptq_codes_that_no_kernel_knows_are_quantized_again_and_it_is_said(tmp_
 def test_the_policy_is_by_role_and_can_be_overridden(tmp_path):
     untied = CONFIG.replace(tie_word_embeddings=False)
     save_native(weights(untied), untied, tmp_path / "src")
-    quantize(tmp_path / "src", tmp_path / "four", bits=4)
+    quantize_checkpoint(tmp_path / "src", tmp_path / "four", bits=4)
     record = json.loads((tmp_path / "four" / "config.json").read_text())["quantization"]
     assert record == {
         "layout": 1,
@@ -125,7 +125,9 @@ def test_the_policy_is_by_role_and_can_be_overridden(tmp_path):
         "group_size": 64,
         "roles": {"embedding": 8, "lfa": 8, "attention": 4, "experts": 4, "head": 8},
     }
-    quantize(tmp_path / "src", tmp_path / "own", bits=8, group_size=32, roles={"experts": 4, "head": 16, "lfa": 4})
+    quantize_checkpoint(
+        tmp_path / "src", tmp_path / "own", bits=8, group_size=32, roles={"experts": 4, "head": 16, "lfa": 4}
+    )
     record = json.loads((tmp_path / "own" / "config.json").read_text())["quantization"]
     assert record["roles"] == {"embedding": 8, "lfa": 4, "attention": 8, "experts": 4}
     state = load_state(open_checkpoint(tmp_path / "own"))
@@ -154,14 +156,14 @@ WRONG = {
 def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_path, settings, message):
     save_native(weights(CONFIG), CONFIG, tmp_path / "src")
     with pytest.raises(UsageError, match=message):
-        quantize(tmp_path / "src", tmp_path / "dst", **{"bits": 4} | settings)
+        quantize_checkpoint(tmp_path / "src", tmp_path / "dst", **{"bits": 4} | settings)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_the_report_is_what_was_lost(tmp_path):
     state = weights(CONFIG)
     save_native(state, CONFIG, tmp_path / "src")
-    report = quantize(tmp_path / "src", tmp_path / "dst", bits=4).report
+    report = quantize_checkpoint(tmp_path / "src", tmp_path / "dst", bits=4).report
     assert report == json.loads((tmp_path / "dst" / "quantization.json").read_text())
     found = open_checkpoint(tmp_path / "dst")
     sizes = {name: tensor.nbytes for name, tensor in found.stored.items()}
@@ -173,7 +175,10 @@ def test_the_report_is_what_was_lost(tmp_path):
     assert report["roles"]["experts"]["bytes"] == sum(size for name, size in sizes.items() if ".experts." in name)
 
     def noise_of(name):
-        lossy, whole = dequantize(found.tensors[name].packed()).double().view(state[name].shape), state[name].double()
+        lossy, whole = (
+            dequantize_weight(found.tensors[name].packed()).double().view(state[name].shape),
+            state[name].double(),
+        )
         return Noise(whole.square().sum().item(), (lossy - whole).square().sum().item())
 
     names = (f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj"))
@@ -190,7 +195,7 @@ def test_the_report_is_what_was_lost(tmp_path):
 def test_padding_is_said(tmp_path):
     odd = small_config(hidden_size=34, head_dim=20, moe_intermediate_size=22, initializer_range=0.1)
     save_native(weights(odd), odd, tmp_path / "src")
-    done = quantize(tmp_path / "src", tmp_path / "dst", bits=4, group_size=128)
+    done = quantize_checkpoint(tmp_path / "src", tmp_path / "dst", bits=4, group_size=128)
     assert "more than their bits: rows are padded to 16 and inputs to whole groups" in done.report["notes"][0]
     ids = random_ids(9)
     whole, found = (load_model(tmp_path / name, dtype=torch.float32) for name in ("src", "dst"))
@@ -210,7 +215,9 @@ def test_mse_loses_less_than_rounding_and_gptq_changes_the_model_least(tmp_path)
     for method in ("rtn", "mse", "gptq"):
         text = ids if method == "gptq" else []
         roles = {"embedding": 16, "lfa": 4}
-        done = quantize(tmp_path / "src", tmp_path / method, bits=4, roles=roles, method=method, calibration=text)
+        done = quantize_checkpoint(
+            tmp_path / "src", tmp_path / method, bits=4, roles=roles, method=method, calibration=text
+        )
         reports[method] = done.report
         reading = read_loaded(load_model(tmp_path / method), pieces)
         errors[method] = (reading.nats - original.nats).abs().mean().item()
@@ -222,7 +229,7 @@ def test_mse_loses_less_than_rounding_and_gptq_changes_the_model_least(tmp_path)
 
 def test_experts_that_the_text_hardly_reached_are_named(tmp_path):
     save_native(weights(CONFIG), CONFIG, tmp_path / "src")
-    done = quantize(tmp_path / "src", tmp_path / "dst", bits=4, method="gptq", calibration=[3, 4, 5])
+    done = quantize_checkpoint(tmp_path / "src", tmp_path / "dst", bits=4, method="gptq", calibration=[3, 4, 5])
     assert any("matrices met few tokens of the calibration text" in note for note in done.report["notes"])
     assert any("of expert" in note for note in done.report["notes"])
 
@@ -230,7 +237,7 @@ def test_experts_that_the_text_hardly_reached_are_named(tmp_path):
 @torch.inference_mode()
 def test_without_the_compiled_kernels_the_numbers_are_the_same(tmp_path, monkeypatch):
     save_native(weights(CONFIG), CONFIG, tmp_path / "src")
-    quantize(tmp_path / "src", tmp_path / "dst", bits=4)
+    quantize_checkpoint(tmp_path / "src", tmp_path / "dst", bits=4)
     ids = random_ids(30).tolist()
     compiled = read_loaded(load_model(tmp_path / "dst"), [ids])
     monkeypatch.setattr(native, "chosen", lambda: None)
@@ -250,11 +257,11 @@ def test_decibels():
 def test_scales_of_least_error_do_not_shrink_the_weights(bits):
     """What `mse` makes of weights is as long as they are along them, and closer to them than rounding is."""
     weight = torch.randn(256, 512)
-    lossy = {method: dequantize(quantize_tensor(weight, bits, 64, method)) for method in ("rtn", "mse")}
+    lossy = {method: dequantize_weight(quantize_tensor(weight, bits, 64, method)) for method in ("rtn", "mse")}
     along = (lossy["mse"] * weight).sum() / weight.square().sum()
     assert abs(along.item() - 1) < 1e-4
     errors = {method: (found - weight).square().sum().item() for method, found in lossy.items()}
     assert errors["mse"] < 0.96 * errors["rtn"]
     empty = torch.zeros(16, 64)
     empty[3, 5] = 1e-25
-    assert dequantize(quantize_tensor(empty, bits, 64, "mse")).abs().max() < 1e-6
+    assert dequantize_weight(quantize_tensor(empty, bits, 64, "mse")).abs().max() < 1e-6

@@ -9,7 +9,7 @@ from ranked_runs import embedding_after, run, scores_in_use
 from ranks import on_ranks
 from small_runs import BATCH, LENGTH, recipe
 from yuanmoe.checkpoint.open import open_checkpoint
-from yuanmoe.checkpoint.write.verify import verify
+from yuanmoe.checkpoint.write.verify import verify_checkpoint
 from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.lora.targets import LoraSettings
@@ -48,8 +48,8 @@ def assert_same_checkpoint(one, other, tolerance):
     assert set(ours) == set(theirs)
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name].flatten(), tensor.flatten(), rtol=0, atol=tolerance, msg=name)
-    verify(one)
-    verify(other)
+    verify_checkpoint(one)
+    verify_checkpoint(other)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from small_documents import Lists
 from small_runs import BATCH, LENGTH, TINY, batches, recipe, whole_batch
 from small_tokenizers import bpe
 from yuanmoe.config import preset
-from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, Source
+from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, WeightedDocuments
 from yuanmoe.data.prepare.formats import FormatOptions
-from yuanmoe.data.prepare.pack import PackOptions, pack, pack_texts
+from yuanmoe.data.prepare.pack import PackOptions, pack_dataset, pack_texts
 from yuanmoe.text.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from yuanmoe.train.recipe.recipe import BalanceSettings
 from yuanmoe.train.recipe.recipes import named
@@ -84,7 +84,7 @@ def test_documents_of_a_batch_are_those_that_end_with_eod(packing):
     rng = np.random.default_rng(0)
     texts = [[*rng.integers(3, 64, size=size), 0] for size in rng.integers(1, 30, size=40)]
     options = LoaderOptions(length=LENGTH, batch_size=BATCH, vocab_size=64)
-    batch = Loader([Source(documents=Lists(texts))], options).batch(0)
+    batch = Loader([WeightedDocuments(documents=Lists(texts))], options).batch(0)
     model = new_model(recipe(model=preset("tiny", vocab_size=64, packing=packing))).eval()
     told, found = Windows.of(batch, "cpu"), Windows(torch.from_numpy(batch.ids))
     assert evaluate(model, told) == evaluate(model, found)
@@ -97,7 +97,7 @@ def conversations(folder):
     )
     (folder / "talks.jsonl").write_text("\n".join(line % number for number in range(40)))
     options = PackOptions(read=FormatOptions(format="chat", heldout_share=0.2))
-    pack([folder / "talks.jsonl"], folder / "chat", bpe(), options)
+    pack_dataset([folder / "talks.jsonl"], folder / "chat", bpe(), options)
     return folder / "chat"
 
 

@@ -10,7 +10,7 @@ from small_models import VARIANTS, random_model, small_config
 from yuanmoe.bench.synthetic import synthetic_model
 from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.fast.whole_pass import AT_ONCE_TOKENS, WholePass
 from yuanmoe.model.state.cache import Cache
 from yuanmoe.model.state.paged import PagedCache, PagedSequences
@@ -41,7 +41,7 @@ class Never(WholePass):
         return None
 
 
-def made(kind: str = "4 bits", **changes) -> YuanForCausalLM:
+def made(kind: str = "4 bits", **changes) -> CausalLM:
     torch.manual_seed(0)
     config = small_config(**changes)
     if kind == "bfloat16":
@@ -49,7 +49,7 @@ def made(kind: str = "4 bits", **changes) -> YuanForCausalLM:
     return synthetic_model(config, policy(config, int(kind[0])))
 
 
-def passes(model: YuanForCausalLM, how: WholePass, cache: Cache, counts: list[list[int]]):
+def passes(model: CausalLM, how: WholePass, cache: Cache, counts: list[list[int]]):
     """Hidden states and routings of several passes of random tokens."""
     torch.manual_seed(1)
     model.model._whole_pass = how
@@ -63,7 +63,7 @@ def assert_same(one, other) -> None:
             assert all(map(torch.equal, routing, choice))
 
 
-def used_for(model: YuanForCausalLM) -> int:
+def used_for(model: CausalLM) -> int:
     """Whether a decode step of `model` is one call."""
     how = Counted()
     passes(model, how, model.new_cache(1, 1), [[1]])

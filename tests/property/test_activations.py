@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from yuanmoe.config import ModelConfig, preset
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.ops.cross_entropy import BLOCK_TOKENS
 from yuanmoe.plan.activations import CHECKPOINTING, LOSS_BLOCK, kept_bytes
 
@@ -13,7 +13,7 @@ TOKENS = 64
 
 def kept_by_torch(config: ModelConfig) -> int:
     """Bytes of all tensors saved in a forward pass, each storage once, parameters not."""
-    model = YuanForCausalLM(config).to(torch.bfloat16)
+    model = CausalLM(config).to(torch.bfloat16)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
 

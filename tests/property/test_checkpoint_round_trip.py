@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from checkpoint_writers import EMBEDDING, HEAD, memory_folder, official_json, official_state, random_state, write_bin
 from small_models import configs, small_config
-from yuanmoe.checkpoint.files.lazy import ComposedTensor, Part, TensorView
+from yuanmoe.checkpoint.files.lazy import ComposedTensor, TensorPart, TensorView
 from yuanmoe.checkpoint.formats.mapping import layout, to_native, to_official
 from yuanmoe.checkpoint.formats.official_config import official_config, official_fields
 from yuanmoe.checkpoint.load import load_state
@@ -136,6 +136,6 @@ def test_any_range_of_a_lazy_tensor_is_that_range(data):
 
 def test_parts_that_meet_inside_a_range_are_joined():
     a, b = torch.arange(6.0).view(2, 3), torch.arange(6.0, 12.0).view(2, 3)
-    joined = ComposedTensor.of((4, 3), [Part(TensorView.of(tensor), 0, 6) for tensor in (a, b)])
+    joined = ComposedTensor.of((4, 3), [TensorPart(TensorView.of(tensor), 0, 6) for tensor in (a, b)])
     assert torch.equal(joined.rows(1, 3), torch.cat([a, b])[1:3])
     assert torch.equal(joined.read(), torch.cat([a, b]))

@@ -10,9 +10,9 @@ from yuanmoe.config import preset
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import CHECKPOINTING, Checkpointing
 from yuanmoe.plan.cluster.cluster import WIRES, Cluster, wires_of
-from yuanmoe.plan.cluster.layout import SHARDING, Layout, Training, layouts
+from yuanmoe.plan.cluster.layout import SHARDING, Layout, TrainingStep, layouts
 from yuanmoe.plan.cluster.parts import Case
-from yuanmoe.plan.cluster.search import Candidate, Plan, Request, equation_4_s, nearest, rank
+from yuanmoe.plan.cluster.search import Candidate, ClusterRequest, Plan, equation_4_s, nearest, rank
 from yuanmoe.plan.device.devices import DEVICES
 
 MODELS = {name: preset(name) for name in ("m32", "2b", "nano")} | {
@@ -34,7 +34,7 @@ def cases(draw: st.DrawFn) -> Case:
     config = MODELS[draw(st.sampled_from(sorted(MODELS)))]
     cluster = draw(clusters)
     batch = cluster.size * 2 ** draw(st.integers(0, 4))
-    training = Training(config=config, sequence_length=draw(st.integers(1, 9000)), global_batch=batch)
+    training = TrainingStep(config=config, sequence_length=draw(st.integers(1, 9000)), global_batch=batch)
     layout = draw(st.sampled_from(list(layouts(training, cluster.size))))
     return Case(training=training, cluster=cluster, layout=layout)
 
@@ -136,7 +136,7 @@ def test_equal_stages_take_the_papers_time(
     config = preset("2b", num_hidden_layers=8, **tokens)
     device = DEVICES["h200"]
     cluster = Cluster(device=device, devices_per_node=stages * data, nodes=1, wires=wires_of(device), matmul_share=0.5)
-    training = Training(config=config, sequence_length=4096, global_batch=data * micro_batch * accumulation)
+    training = TrainingStep(config=config, sequence_length=4096, global_batch=data * micro_batch * accumulation)
     layout = Layout(
         data=data,
         stages=stages,
@@ -152,15 +152,15 @@ def test_equal_stages_take_the_papers_time(
     assert time.pipeline == pytest.approx(pipeline * min(2, stages - 1) / 2)
     network = cluster.network(1) * cluster.devices_per_node
     exchange = 12 * sum(cost.parameters(config).values()) * (data - 1) / data / (stages * network)
-    paper = equation_4_s(Request(training=training, cluster=cluster), layout)
+    paper = equation_4_s(ClusterRequest(training=training, cluster=cluster), layout)
     assert time.compute + time.bubble + pipeline + exchange == pytest.approx(paper, rel=1e-3)
 
 
 @settings(deadline=None, max_examples=10)
 @given(clusters.filter(lambda cluster: cluster.size <= 12), st.sampled_from(["2b", "nano", "uneven"]))
 def test_the_best_is_the_best_of_all(cluster: Cluster, name: str) -> None:
-    training = Training(config=MODELS[name], sequence_length=512, global_batch=2 * cluster.size)
-    request = Request(training=training, cluster=cluster)
+    training = TrainingStep(config=MODELS[name], sequence_length=512, global_batch=2 * cluster.size)
+    request = ClusterRequest(training=training, cluster=cluster)
     every = [candidate.plan() for candidate in request.candidates()]
     fitting = [plan for plan in every if plan.peak_bytes <= cluster.device.memory_bytes]
     ranked = rank(request)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.plan import cost
 
 
@@ -56,7 +56,7 @@ def role_of(name: str) -> cost.Role:
 @given(configs())
 def test_the_module_has_these_parameters_in_these_roles(config: ModelConfig) -> None:
     with torch.device("meta"):
-        model = YuanForCausalLM(config)
+        model = CausalLM(config)
     counted = dict.fromkeys(cost.ROLES, 0)
     for name, parameter in model.named_parameters():
         counted[role_of(name)] += parameter.numel()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine_runs import NATIVE_PAGE, check, check_all, ids, random_requests, request, run
 from small_models import VARIANTS, random_ids, random_model, small_config
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.score import score
@@ -99,7 +99,7 @@ def test_several_answers_to_one_prompt_read_it_once():
 def test_a_quantized_model_answers_bit_for_bit_the_same_in_any_company(tmp_path, kv_dtype):
     config = small_config(hidden_size=64, moe_intermediate_size=64, head_dim=32)
     save_native(random_model(config).bfloat16().state_dict(), config, tmp_path / "whole")
-    quantize(tmp_path / "whole", tmp_path / "packed", bits=4)
+    quantize_checkpoint(tmp_path / "whole", tmp_path / "packed", bits=4)
     model = load_model(tmp_path / "packed", kv_dtype=kv_dtype)
     beginning = random_ids(NATIVE_PAGE).tolist()
     requests = [request(random_ids(29).tolist(), 37, temperature=0.5 * seed, seed=seed) for seed in range(2)]

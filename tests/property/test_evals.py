@@ -9,9 +9,9 @@ import torch
 from small_models import random_ids, random_model, small_config
 from yuanmoe.errors import UsageError
 from yuanmoe.evals import routing as routing_file
-from yuanmoe.evals.reading import configured, losses, progress, windows
+from yuanmoe.evals.reading import configured, losses, progress, text_windows
 from yuanmoe.evals.rope import BLOCK_TOKENS, MIN_BLOCKS, Setting, difference, judge
-from yuanmoe.evals.routing import LayerRecord, TextKinds, favourites, matrices, recorded, summary
+from yuanmoe.evals.routing import LayerRecord, TextKinds, expert_matrices, favourites, layer_summary, recorded
 from yuanmoe.model.router import Routing
 
 
@@ -83,11 +83,11 @@ def test_differences_are_paired():
 
 
 def test_every_token_is_read_once_and_scored_once():
-    assert list(windows(range(8), 4)) == [range(4), range(3, 7), range(6, 8)]
+    assert list(text_windows(range(8), 4)) == [range(4), range(3, 7), range(6, 8)]
     with pytest.raises(
         UsageError, match="1 tokens in a context of 4: at least 2 are needed, as the first is only read"
     ):
-        list(windows([3], 4))
+        list(text_windows([3], 4))
     model, ids = random_model(small_config()), [0, *random_ids(40).tolist()]
     seen = []
     with progress(model, seen.append):
@@ -149,7 +149,7 @@ def test_records_are_sums_over_the_routings():
         assert torch.equal(record.together, together)
         assert torch.equal(record.by_kind.view(E, -1), by_kind)
         assert record.first_weights == pytest.approx(routing.weights[:, 0].sum().item(), rel=1e-4)
-        shares = torch.tensor(matrices(record)["together"])
+        shares = torch.tensor(expert_matrices(record)["together"])
         expected = together / together.diagonal().clamp(min=1)[:, None]
         torch.testing.assert_close(shares, expected.fill_diagonal_(0), atol=6e-5, rtol=0)
 
@@ -172,13 +172,13 @@ def test_relations_are_those_of_the_router():
         (record,), _ = read(model, random_ids(300).tolist())
     q, k, _ = (inputs[0] @ router.weight.detach().T).view(299, 3, 8).unbind(1)
     expected = torch.softmax(q[:, :, None] * k[:, None, :], dim=-1).mean(dim=0)
-    torch.testing.assert_close(torch.tensor(matrices(record)["relations"]), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.tensor(expert_matrices(record)["relations"]), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("changes", [{"router": "linear"}, {"router": "shared-expert", "num_shared_experts": 1}])
 def test_other_routers_have_no_relations(changes):
     records, _ = read(random_model(small_config(**changes)), random_ids(12).tolist())
-    assert all(matrices(record)["relations"] is None for record in records)
+    assert all(expert_matrices(record)["relations"] is None for record in records)
 
 
 def test_a_load_in_numbers():
@@ -186,7 +186,7 @@ def test_a_load_in_numbers():
     record = LayerRecord(7, 6, TextKinds([10, 11] * 8))
     chosen = torch.tensor([[0, 1], [3, 2]] * 8)
     record(torch.nn.Identity(), (torch.empty(16, 4),), Routing(torch.tensor([[0.75, 0.25]] * 16), chosen, chosen))
-    assert summary(record) == {
+    assert layer_summary(record) == {
         "layer": 7,
         "experts": 6,
         "load": [0.25, 0.25, 0.25, 0.25, 0, 0],
@@ -205,4 +205,4 @@ def test_a_load_in_numbers():
 
 def test_one_expert_a_token_makes_no_pairs():
     records, _ = read(random_model(small_config(num_experts_per_tok=1)), random_ids(12).tolist())
-    assert all(summary(record)["pairs"] == [] for record in records)
+    assert all(layer_summary(record)["pairs"] == [] for record in records)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from yuanmoe.engine.requests import Output
+from yuanmoe.engine.requests import RequestOutput
 from yuanmoe.serve.core.job import Job
 
 
@@ -12,9 +12,9 @@ def test_an_error_comes_after_the_tokens_before_it():
     async def read():
         job = Job(lambda request_id, reason: None)
         job.accepted([7])
-        first = Output(7, 3, -0.5)
+        first = RequestOutput(7, 3, -0.5)
         job.take(0, first)
-        job.take(0, Output(7, -1, 0.0, error=ValueError("the pass failed")))
+        job.take(0, RequestOutput(7, -1, 0.0, error=ValueError("the pass failed")))
         assert await job.outputs() == [(0, first)]
         with pytest.raises(ValueError, match="the pass failed"):
             await job.outputs()

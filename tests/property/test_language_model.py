@@ -15,7 +15,7 @@ from small_lm import lm_config, small_lm, write_lm
 from small_models import random_model
 from small_tokenizers import bpe
 from yuanmoe.checkpoint.load import usable_device
-from yuanmoe.checkpoint.write.convert import convert
+from yuanmoe.checkpoint.write.convert import convert_checkpoint
 from yuanmoe.errors import CheckpointError, ConfigError, ContextLengthError, TokenizerError, UsageError
 from yuanmoe.lm import LanguageModel
 from yuanmoe.text.detokenize import StreamingDetokenizer
@@ -172,7 +172,7 @@ def test_what_cannot_be_loaded_says_why(folder, tmp_path):
 
 
 def test_unknown_keys_may_be_ignored(folder, tmp_path):
-    convert(folder, tmp_path / "official", to="official")
+    convert_checkpoint(folder, tmp_path / "official", to="official")
     (tmp_path / "official" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     file = tmp_path / "official" / "config.json"
     file.write_text(file.read_text().replace("{", '{"surprise": 1, ', 1))

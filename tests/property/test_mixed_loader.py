@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_documents import Lists, numbered
 from small_tokenizers import bpe
 from yuanmoe.data.loader.fim import FillInMiddle
-from yuanmoe.data.loader.loader import Loader, LoaderOptions, Source
+from yuanmoe.data.loader.loader import Loader, LoaderOptions, WeightedDocuments
 from yuanmoe.data.loader.stream import GROUP, ShuffledStream
 from yuanmoe.data.permutation import Permutation
 from yuanmoe.errors import DataError, TokenizerError, UsageError
@@ -114,7 +114,7 @@ def sources(draw):
     lengths = [draw(st.lists(st.integers(1, 9), min_size=2, max_size=20)) for _ in range(count)]
     weights = [draw(st.sampled_from([0.1, 1, 2.5])) for _ in range(count)]
     return [
-        Source(documents=numbered([*each, 5], first=1000 * place), weight=weight)
+        WeightedDocuments(documents=numbered([*each, 5], first=1000 * place), weight=weight)
         for place, (each, weight) in enumerate(zip(lengths, weights, strict=True))
     ]
 
@@ -124,7 +124,7 @@ def sources(draw):
 def test_an_epoch_has_every_window_once(lengths, seed):
     source = numbered([*lengths, 5])
     windows = (source.num_tokens - 1) // 4
-    loader = Loader([Source(documents=source)], options(batch_size=1, seed=seed))
+    loader = Loader([WeightedDocuments(documents=source)], options(batch_size=1, seed=seed))
     for epoch in (0, 1):
         batches = [loader.batch(number) for number in range(epoch * windows, (epoch + 1) * windows)]
         read = np.concatenate([batch.ids[0, :-1] for batch in batches])
@@ -164,7 +164,8 @@ def test_a_resumed_loader_reads_what_an_uninterrupted_one_does(mixed, seed, cut)
 
 def test_sources_are_read_by_their_weights():
     mixed = [
-        Source(documents=numbered([50] * 9, first=1000 * place), weight=weight) for place, weight in enumerate((3, 1))
+        WeightedDocuments(documents=numbered([50] * 9, first=1000 * place), weight=weight)
+        for place, weight in enumerate((3, 1))
     ]
     loader = Loader(mixed, options(batch_size=1024))
     read = loader.batch(3).ids[:, 0] // 1000
@@ -176,7 +177,7 @@ def test_sources_are_read_by_their_weights():
 def test_stored_masks_go_with_their_tokens_and_are_not_rearranged():
     documents = [list(range(start, start + 7)) for start in range(0, 700, 7)]
     source = Lists(documents, masks=[[token % 3 == 0 for token in ids] for ids in documents])
-    batch = Loader([Source(documents=source)], options(fim=fim(1.0), batch_size=50)).batch(0)
+    batch = Loader([WeightedDocuments(documents=source)], options(fim=fim(1.0), batch_size=50)).batch(0)
     assert np.array_equal(batch.loss_mask, batch.ids[:, 1:] % 3 == 0)
     assert batch.ids.max() < 700
     starts = batch.ids[:, :-1] // 7
@@ -186,7 +187,7 @@ def test_stored_masks_go_with_their_tokens_and_are_not_rearranged():
 def test_the_official_mask_looks_at_windows():
     source = Lists([[5, 6, 1, 7, 0]] * 40)
     how = options(length=10, mask="official", sep_id=1, eod_id=0, batch_size=19)
-    batch = Loader([Source(documents=source)], how).batch(0)
+    batch = Loader([WeightedDocuments(documents=source)], how).batch(0)
     for ids, mask in zip(batch.ids, batch.loss_mask, strict=True):
         labels = ids[1:].tolist()
         assert labels.count(0) == 2
@@ -196,7 +197,7 @@ def test_the_official_mask_looks_at_windows():
 
 
 def test_what_a_state_is_taken_for():
-    mixed = [Source(documents=numbered([50] * 9))]
+    mixed = [WeightedDocuments(documents=numbered([50] * 9))]
     state = Loader(mixed, options(seed=1)).state_dict() | {"samples": 12}
     other = Loader(mixed, options(seed=2, length=5))
     with pytest.raises(
@@ -209,17 +210,17 @@ def test_what_a_state_is_taken_for():
 
 
 def test_what_no_loader_can_be_made_of():
-    mixed = [Source(documents=numbered([4]))]
+    mixed = [WeightedDocuments(documents=numbered([4]))]
     with pytest.raises(DataError, match="lists has 4 tokens, a window takes 5; give more text"):
         Loader(mixed, options())
     with pytest.raises(UsageError, match="rank 0 of 4 has no equal part of batches of 6 windows"):
-        Loader([Source(documents=numbered([40]))], options(), world_size=4)
+        Loader([WeightedDocuments(documents=numbered([40]))], options(), world_size=4)
     with pytest.raises(UsageError, match="length is 0; it must be at least 1"):
         options(length=0)
-    outside = Loader([Source(documents=Lists([[1, 2, 99, 4, 5, 6]]))], options(vocab_size=99))
+    outside = Loader([WeightedDocuments(documents=Lists([[1, 2, 99, 4, 5, 6]]))], options(vocab_size=99))
     with pytest.raises(DataError, match="lists holds the token id 99, outside the vocabulary of 99"):
         outside.batch(0)
     damaged = Lists([[1, 2, 3]] * 9)
     damaged.lengths = lambda documents: np.full(len(documents), -1)
     with pytest.raises(DataError, match="lists has a document of -1 tokens, so its index is damaged"):
-        Loader([Source(documents=damaged)], options()).batch(0)
+        Loader([WeightedDocuments(documents=damaged)], options()).batch(0)

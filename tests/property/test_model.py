@@ -18,7 +18,7 @@ from small_models import (
 )
 from yuanmoe.config import preset
 from yuanmoe.errors import ContextLengthError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.state.cache import Cache
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -152,7 +152,7 @@ def test_bfloat16_stays_close_to_float32(changes):
 def test_no_step_reads_a_value_back_from_the_device(changes):
     """On the meta device reading a value, or mixing devices, is an error; on a GPU it would cost a wait."""
     config = small_config(hidden_size=32, head_dim=16, moe_intermediate_size=16, **changes)
-    model = YuanForCausalLM(config).to("meta", torch.bfloat16)
+    model = CausalLM(config).to("meta", torch.bfloat16)
     assert model(torch.zeros(2, 9, dtype=torch.long, device="meta")).logits.shape == (2, 9, config.vocab_size)
     cache = Cache(config, 2, 16, dtype=torch.bfloat16, device="meta")
     for new in ([5, 5], [1, 1], [3, 1], [1, 1]):
@@ -164,7 +164,7 @@ def test_no_step_reads_a_value_back_from_the_device(changes):
 def test_yuan3_flash_and_every_other_preset_build():
     for name in ("yuan2-m32", "yuan2-2b", "yuan2-51b", "yuan2-102b", "yuan3-flash", "tiny", "nano"):
         with torch.device("meta"):
-            model = YuanForCausalLM(preset(name))
+            model = CausalLM(preset(name))
         assert sum(p.numel() for p in model.parameters()) == EXPECTED_PARAMETERS.get(name, _counted(name)), name
 
 

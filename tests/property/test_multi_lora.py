@@ -18,7 +18,7 @@ from engine_runs import NATIVE_PAGE, check_all, ids, random_requests, request, r
 from small_models import VARIANTS, random_ids, random_model, small_config
 from yuanmoe.checkpoint.adapters.adapter import Adapter, base_of
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.engine import Engine
 from yuanmoe.errors import UsageError
@@ -123,7 +123,7 @@ def test_scores_of_a_prompt_are_those_of_its_adapter():
 def test_who_has_no_adapter_is_answered_bit_for_bit_as_without_neighbours_that_have_one(tmp_path):
     config = small_config(hidden_size=64, moe_intermediate_size=64, head_dim=32)
     save_native(random_model(config).bfloat16().state_dict(), config, tmp_path / "whole")
-    quantize(tmp_path / "whole", tmp_path / "packed", bits=4)
+    quantize_checkpoint(tmp_path / "whole", tmp_path / "packed", bits=4)
     model = load_model(tmp_path / "packed")
     made = adapters(model)
     plain = [request(random_ids(9).tolist(), 12) for _ in range(3)]

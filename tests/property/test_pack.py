@@ -16,10 +16,10 @@ from pyarrow import parquet
 
 from small_tokenizers import TEXT, bpe, small_sentencepiece
 from yuanmoe.data.prepare.formats import FormatOptions
-from yuanmoe.data.prepare.output import Output
-from yuanmoe.data.prepare.pack import PackOptions, pack, pack_texts
+from yuanmoe.data.prepare.output import DatasetWriter
+from yuanmoe.data.prepare.pack import PackOptions, pack_dataset, pack_texts
 from yuanmoe.data.sets.packed import PackedTokens
-from yuanmoe.data.sets.verify import verify
+from yuanmoe.data.sets.verify import verify_dataset
 
 SMALL = {"chunk_bytes": 40, "shard_tokens": 60}
 TEXTS = st.lists(TEXT, min_size=1, max_size=12).filter(lambda texts: any(text.strip() for text in texts))
@@ -52,7 +52,7 @@ def files_of(folder):
 def test_text_comes_back(texts, tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("pack"), bpe()
     source = write_lines(folder / "in.jsonl", [{"id": 1, "body": text} for text in texts])
-    (tokens,) = pack([source], folder / "out", tokenizer, options(text_field="body"))
+    (tokens,) = pack_dataset([source], folder / "out", tokenizer, options(text_field="body"))
     kept = [text for text in texts if text.strip()]
     assert texts_of(tokens, tokenizer) == kept
     found = tokens.manifest
@@ -63,7 +63,7 @@ def test_text_comes_back(texts, tmp_path_factory):
         len(kept),
         source.stat().st_size,
     )
-    assert verify(tokens, tokenizer) == sum(path.stat().st_size for path in (folder / "out").iterdir()) - sum(
+    assert verify_dataset(tokens, tokenizer) == sum(path.stat().st_size for path in (folder / "out").iterdir()) - sum(
         (folder / "out" / name).stat().st_size for name in ("manifest.json", "tokenizer_config.json")
     )
 
@@ -73,7 +73,7 @@ def test_text_comes_back(texts, tmp_path_factory):
 def test_a_dataset_is_a_row_of_tokens(texts, places, tmp_path_factory):
     folder = tmp_path_factory.mktemp("row")
     source = write_lines(folder / "in.jsonl", [{"text": text} for text in texts])
-    (tokens,) = pack([source], folder / "out", bpe(), options())
+    (tokens,) = pack_dataset([source], folder / "out", bpe(), options())
     row = [token for text in texts if text.strip() for token in [*bpe().encode(text, allow_special=False), 0]]
     start, stop = places
     assert tokens[start:stop].tolist() == row[start:stop]
@@ -106,20 +106,20 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["plain.jsonl", "zipped.jsonl.gz", "frames.jsonl.zst", "table.parquet", "tree"])
 def test_every_container_gives_the_same_tokens(sources, name, tmp_path):
-    (tokens,) = pack([sources / name], tmp_path / "out", bpe(), options())
+    (tokens,) = pack_dataset([sources / name], tmp_path / "out", bpe(), options())
     assert texts_of(tokens, bpe()) == [record["text"] for record in RECORDS]
     assert tokens.manifest.num_shards > 5
 
 
 def test_official_lines_lose_their_outer_whitespace(sources, tmp_path):
-    (tokens,) = pack([sources / "official.txt"], tmp_path / "out", bpe(), options(format="official"))
+    (tokens,) = pack_dataset([sources / "official.txt"], tmp_path / "out", bpe(), options(format="official"))
     assert texts_of(tokens, bpe()) == [record["text"].strip() for record in RECORDS]
 
 
 def test_the_bytes_do_not_depend_on_workers_nor_on_the_time(sources, tmp_path):
     inputs = [sources / name for name in ("zipped.jsonl.gz", "tree", "table.parquet")]
     for workers in (1, 2, 3):
-        pack(inputs, tmp_path / f"by-{workers}", bpe(), options(), workers=workers)
+        pack_dataset(inputs, tmp_path / f"by-{workers}", bpe(), options(), workers=workers)
     alone = files_of(tmp_path / "by-1")
     assert alone == files_of(tmp_path / "by-2") == files_of(tmp_path / "by-3")
     listed = [json.loads(line) for line in alone["sources.jsonl"].splitlines()]
@@ -134,8 +134,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(sources, cuts, tmp_path
     folder = tmp_path_factory.mktemp("cut")
     inputs = [sources / name for name in ("frames.jsonl.zst", "tree", "table.parquet")]
     how = options(heldout_share=0.2, shard_tokens=400)
-    pack(inputs, folder / "whole", bpe(), how)
-    original = Output.append
+    pack_dataset(inputs, folder / "whole", bpe(), how)
+    original = DatasetWriter.append
     for cut in cuts:
         left = [cut]
 
@@ -146,9 +146,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(sources, cuts, tmp_path
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(Output, "append", append_or_die)
-            pack(inputs, folder / "cut", bpe(), how, overwrite=True)
-    pack(inputs, folder / "cut", bpe(), how, overwrite=True)
+            patch.setattr(DatasetWriter, "append", append_or_die)
+            pack_dataset(inputs, folder / "cut", bpe(), how, overwrite=True)
+    pack_dataset(inputs, folder / "cut", bpe(), how, overwrite=True)
     assert files_of(folder / "cut") == files_of(folder / "whole")
     assert not (folder / "cut.partial").exists()
     shutil.rmtree(folder)
@@ -157,7 +157,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(sources, cuts, tmp_path
 def test_equal_documents_are_held_out_together(tmp_path):
     records = [{"text": f"number {place % 50}"} for place in range(200)]
     source = write_lines(tmp_path / "in.jsonl", records)
-    train, heldout = pack([source], tmp_path / "out", bpe(), options(heldout_share=0.3))
+    train, heldout = pack_dataset([source], tmp_path / "out", bpe(), options(heldout_share=0.3))
     assert [tokens.name for tokens in (train, heldout)] == [
         str(tmp_path / "out" / name) for name in ("train", "heldout")
     ]
@@ -171,7 +171,7 @@ def test_equal_documents_are_held_out_together(tmp_path):
 def test_masks_lie_beside_their_tokens(tmp_path):
     talks = [[{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * n}] for n in range(1, 30)]
     source = write_lines(tmp_path / "in.jsonl", [{"messages": talk} for talk in talks])
-    (tokens,) = pack([source], tmp_path / "out", bpe(), options(format="chat"))
+    (tokens,) = pack_dataset([source], tmp_path / "out", bpe(), options(format="chat"))
     assert tokens.manifest.num_shards > 3
     trained = 0
     for document in range(29):
@@ -186,7 +186,7 @@ def test_masks_lie_beside_their_tokens(tmp_path):
 
 def test_official_lines_with_a_mask(tmp_path):
     (tmp_path / "in.txt").write_text("q[SEP]a<n>b\nplain\n")
-    (tokens,) = pack([tmp_path / "in.txt"], tmp_path / "out", bpe(), options(format="official-sft"))
+    (tokens,) = pack_dataset([tmp_path / "in.txt"], tmp_path / "out", bpe(), options(format="official-sft"))
     assert texts_of(tokens, bpe()) == ["q<sep>a\nb", "plain"]
     assert tokens.mask(0, 0, 5).tolist() == [False, True, True, True, True]
     assert tokens.mask(1, 0, 3).tolist() == [True] * 3
@@ -195,7 +195,7 @@ def test_official_lines_with_a_mask(tmp_path):
 def test_the_released_rule_for_conversations(tmp_path):
     talk = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
     source = write_lines(tmp_path / "in.jsonl", [{"messages": talk}])
-    (tokens,) = pack([source], tmp_path / "out", bpe(), options(format="chat", loss="official"))
+    (tokens,) = pack_dataset([source], tmp_path / "out", bpe(), options(format="chat", loss="official"))
     mask = tokens.mask(0, 0, tokens.num_tokens)
     assert mask.tolist() == [False] * (len(tokens) - 3) + [True] * 3
 

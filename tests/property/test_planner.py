@@ -10,13 +10,13 @@ from yuanmoe.config import preset
 from yuanmoe.plan.cost import PRECISIONS
 from yuanmoe.plan.device import planner
 from yuanmoe.plan.device.devices import DEVICES, Device
-from yuanmoe.plan.device.planner import Load
+from yuanmoe.plan.device.planner import Workload
 from yuanmoe.units import GIB
 
 NEXT_BITS = {4: 8, 8: 16}
 
 loads = st.builds(
-    Load,
+    Workload,
     config=st.sampled_from(["yuan2-m32", "yuan2-2b", "yuan2-51b", "nano"]).map(preset),
     bits=st.sampled_from(sorted(PRECISIONS)),
     context=st.integers(1, 40_000),
@@ -33,7 +33,7 @@ devices = st.builds(
 )
 
 
-def changed(load: Load, options: str) -> tuple[Load, str]:
+def changed(load: Workload, options: str) -> tuple[Workload, str]:
     """The load under a remedy's options, and the option changed last."""
     changes = {name: int(value) for name, value in re.findall(r"--(\w+) (\d+)", options)}
     return dataclasses.replace(load, **changes), list(changes)[-1]
@@ -41,8 +41,8 @@ def changed(load: Load, options: str) -> tuple[Load, str]:
 
 @settings(deadline=None, max_examples=50)
 @given(loads, devices)
-def test_remedies_help_and_are_no_larger_than_needed(load: Load, device: Device) -> None:
-    remedies = planner.remedies(load, device)
+def test_remedies_help_and_are_no_larger_than_needed(load: Workload, device: Device) -> None:
+    remedies = planner.device_remedies(load, device)
     assert not (remedies and planner.fits(load, device))
     for remedy in remedies:
         if remedy.options.startswith("--device"):
@@ -58,7 +58,7 @@ def test_remedies_help_and_are_no_larger_than_needed(load: Load, device: Device)
 
 @settings(deadline=None, max_examples=50)
 @given(loads, devices)
-def test_the_most_bits_that_fit(load: Load, device: Device) -> None:
+def test_the_most_bits_that_fit(load: Workload, device: Device) -> None:
     bits = planner.highest_bits(load.config, device, context=load.context, batch=load.batch)
     fitting = [b for b in PRECISIONS if planner.fits(dataclasses.replace(load, bits=b), device)]
     assert bits == max(fitting, default=4)
@@ -66,11 +66,11 @@ def test_the_most_bits_that_fit(load: Load, device: Device) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(loads, devices)
-def test_no_bound_beats_the_device(load: Load, device: Device) -> None:
-    speed = planner.decode(load, device)
+def test_no_bound_beats_the_device(load: Workload, device: Device) -> None:
+    speed = planner.decode_speed(load, device)
     passes_per_s = speed.bound / load.batch
     assert passes_per_s * speed.bytes_read <= device.bandwidth * (1 + 1e-9)
-    slower = planner.decode(load, dataclasses.replace(device, bandwidth=device.bandwidth / 2))
+    slower = planner.decode_speed(load, dataclasses.replace(device, bandwidth=device.bandwidth / 2))
     assert slower.bound <= speed.bound
     assert slower.predicted < slower.bound
-    assert planner.decode(load, device, context=0).bound >= speed.bound
+    assert planner.decode_speed(load, device, context=0).bound >= speed.bound

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from checkpoint_writers import memory_folder
 from small_models import VARIANTS, feed, random_ids, random_model, small_config
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
@@ -33,7 +33,7 @@ def quantized(variant: str, bits: int, spread: float = 0.3) -> QuantizedYuan:
     state = {name: tensor.bfloat16() for name, tensor in random_model(config).state_dict().items()}
     with memory_folder() as folder:
         save_native(state, config, f"{folder}/src")
-        quantize(f"{folder}/src", f"{folder}/dst", bits=bits)
+        quantize_checkpoint(f"{folder}/src", f"{folder}/dst", bits=bits)
         model = load_model(f"{folder}/dst")
     assert isinstance(model, QuantizedYuan)
     return model

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from serving import Running, running
 from small_tokenizers import SMALL, TEXT, bpe
-from yuanmoe.engine.requests import Output
+from yuanmoe.engine.requests import RequestOutput
 from yuanmoe.errors import UsageError
 from yuanmoe.serve.core.answer import Answer, token_name
 from yuanmoe.serve.openai.schema import FunctionTool
 from yuanmoe.serve.openai.structured import Grammars, json_grammar, lark_grammar, regex_grammar
-from yuanmoe.serve.openai.tools import CLOSE, OPEN, Call, CallParser, Tools
+from yuanmoe.serve.openai.tools import CLOSE, OPEN, CallParser, ParsedCall, Tools
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_whatever_is_drawn_from_a_grammar_follows_it(kind: str, name: str) -> No
             token_id = tokenizer.eod_id if tokenizer.eod_id in allowed else draw.choice(allowed)
             constraint.accept(token_id)
             reason = "stop" if token_id == tokenizer.eod_id else None
-            text += answer.push([Output(0, token_id, 0.0, finish_reason=reason)]).text
+            text += answer.push([RequestOutput(0, token_id, 0.0, finish_reason=reason)]).text
         assert answer.finish_reason == "stop"
         again = grammars.compile(grammar)
         for token_id in tokens_inside(tokenizer, text):
@@ -134,7 +134,7 @@ def test_calls_are_found_however_the_text_is_cut(parts, data) -> None:
     parser = CallParser()
     bounds = zip([0, *cuts], [*cuts, len(whole)], strict=True)
     found = [event for start, end in bounds for event in parser.push(whole[start:end])] + list(parser.flush())
-    calls = [event for event in found if isinstance(event, Call)]
+    calls = [event for event in found if isinstance(event, ParsedCall)]
     assert [(call.name, json.loads(call.arguments)) for call in calls] == [p for p in parts if not isinstance(p, str)]
     said = "".join(event for event in found if isinstance(event, str))
     assert "".join(said.split()) == "".join("".join(part for part in parts if isinstance(part, str)).split())
@@ -181,8 +181,8 @@ def accepts(constraint, ids) -> bool:
 def test_an_answer_does_not_depend_on_how_its_tokens_come(text: str, stop: str, cut: int) -> None:
     tokenizer = bpe()
     ids = tokenizer.encode(text, allow_special=False)
-    outputs = [Output(0, token_id, -1.0) for token_id in ids] + [
-        Output(0, tokenizer.eod_id, -1.0, finish_reason="stop")
+    outputs = [RequestOutput(0, token_id, -1.0) for token_id in ids] + [
+        RequestOutput(0, tokenizer.eod_id, -1.0, finish_reason="stop")
     ]
     answer = Answer(tokenizer, tokenizer.sep_id, [stop])
     said = "".join(answer.push(outputs[at : at + cut]).text for at in range(0, len(outputs), cut))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from yuanmoe.cli.demo.done import RECORD, Stages
+from yuanmoe.cli.demo.done import RECORD, FinishedStages
 from yuanmoe.errors import ResourceError
 
 
@@ -22,7 +22,7 @@ def run(folder, *, first=1, second=1, fresh=False, fail=None):
 
         return do
 
-    stages = Stages(folder, fresh=fresh)
+    stages = FinishedStages(folder, fresh=fresh)
     for name, settings in (("a", {"value": first}), ("b", {"value": second})):
         stage = stages.run(name, settings, [folder / name], work(name))
         assert stage.reused == (name not in worked)

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from small_models import VARIANTS, random_ids, random_model, small_config
 from yuanmoe.model.attention import LocalizedFilter
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.state.cache import Cache
 from yuanmoe.model.state.sequences import WholeSequences
 
@@ -103,7 +103,7 @@ def test_fresh_weights_are_as_published():
         router="shared-expert", num_shared_experts=1, hidden_size=64, num_hidden_layers=8, vocab_size=512,
         head_dim=32, moe_intermediate_size=48, initializer_range=0.02, tie_word_embeddings=False,
     )  # fmt: skip
-    model = YuanForCausalLM(config).initialize()
+    model = CausalLM(config).initialize()
     scaled = 0.02 / (2 * 8) ** 0.5
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):

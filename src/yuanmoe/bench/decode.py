@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from yuanmoe.bench.products import layer_beside_torch, measure, multiply_adds, reading
+from yuanmoe.bench.products import layer_beside_torch, measure_contenders, multiply_adds, reading
 from yuanmoe.bench.timing import Timing, take_turns
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ResourceError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.state.cache import Cache
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
@@ -34,7 +34,7 @@ ROUTED_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class DecodeSettings:
     """What is measured."""
 
     contexts: Sequence[int] = (16, 512, 2048)
@@ -64,7 +64,9 @@ class Load:
         return rooms
 
 
-def check_load(name: str, config: ModelConfig, precision: Precision, load: Load, free: int | None = None) -> None:
+def check_decode_settings(
+    name: str, config: ModelConfig, precision: Precision, load: DecodeSettings, free: int | None = None
+) -> None:
     """Raises ContextLengthError, or ResourceError with the numbers, before anything of it is in memory.
 
     `free` is what this machine has free unless given.
@@ -84,19 +86,19 @@ def check_load(name: str, config: ModelConfig, precision: Precision, load: Load,
     )
 
 
-def _needed_bytes(config: ModelConfig, precision: Precision, load: Load) -> int:
+def _needed_bytes(config: ModelConfig, precision: Precision, load: DecodeSettings) -> int:
     weights = sum(cost.weight_bytes(config, precision).values())
     activations = 2 * activation_bytes(config, max(load.prompts), 1)  # counted in 16 bits, computed in 32
     return weights + _cache_bytes(config, load) + activations + OTHER_BYTES
 
 
-def _cache_bytes(config: ModelConfig, load: Load) -> int:
+def _cache_bytes(config: ModelConfig, load: DecodeSettings) -> int:
     return cost.kv_bytes(config, load.kv_bits) * sum(batch * room for batch, room in load.rooms.items())
 
 
 @torch.inference_mode()
 def measure_decode(
-    model: YuanForCausalLM, precision: Precision, load: Load, on_run: Callable[[str, float], None] | None = None
+    model: CausalLM, precision: Precision, load: DecodeSettings, on_run: Callable[[str, float], None] | None = None
 ) -> dict[str, Any]:
     """Rates of decoding and prefill with their spread, bounds and memory; `model` is quantized."""
     config = model.config
@@ -133,7 +135,7 @@ def beside_torch(config: ModelConfig, tokens: int, runs: int) -> dict[str, Any] 
     contenders = layer_beside_torch(config, tokens)
     if contenders is None:
         return None
-    rates = measure((*contenders, reading()) if tokens == 1 else contenders, runs)
+    rates = measure_contenders((*contenders, reading()) if tokens == 1 else contenders, runs)
     return {"tokens": tokens, **rates, "speed_against_torch": rates["yuanmoe"]["median"] / rates["torch"]["median"]}
 
 
@@ -146,7 +148,7 @@ def resident_bytes() -> int | None:
         return None
 
 
-def _filled_cache(model: YuanForCausalLM, batch: int, room: int, kv_dtype: torch.dtype) -> Cache:
+def _filled_cache(model: CausalLM, batch: int, room: int, kv_dtype: torch.dtype) -> Cache:
     model.kv_dtype = kv_dtype
     cache = model.new_cache(batch, room)
     first = cache.keys[0]
@@ -158,7 +160,7 @@ def _filled_cache(model: YuanForCausalLM, batch: int, room: int, kv_dtype: torch
     return cache
 
 
-def _step(model: YuanForCausalLM, cache: Cache, context: int) -> Callable[[], Any]:
+def _step(model: CausalLM, cache: Cache, context: int) -> Callable[[], Any]:
     """One token of each sequence behind `context` others: forward pass and the choice of the next."""
 
     def step() -> Any:
@@ -172,7 +174,7 @@ def _step(model: YuanForCausalLM, cache: Cache, context: int) -> Callable[[], An
     return step
 
 
-def _prefill(model: YuanForCausalLM, cache: Cache, tokens: int) -> Callable[[], Any]:
+def _prefill(model: CausalLM, cache: Cache, tokens: int) -> Callable[[], Any]:
     """A prompt of one sequence, up to the choice of the first token."""
 
     def prefill() -> None:
@@ -185,7 +187,7 @@ def _prefill(model: YuanForCausalLM, cache: Cache, tokens: int) -> Callable[[], 
     return prefill
 
 
-def _experts_at_work(model: YuanForCausalLM, cache: Cache, context: int) -> float | None:
+def _experts_at_work(model: CausalLM, cache: Cache, context: int) -> float | None:
     """Distinct experts that a step reads in a layer, on average; None in a dense model."""
     step = _step(model, cache, context)
     counts = [len(routing.experts.unique()) for _ in range(ROUTED_STEPS) for routing in step()]
@@ -202,7 +204,7 @@ def _uniform(config: ModelConfig, batch: int) -> float | None:
 def _decode_report(
     config: ModelConfig,
     precision: Precision,
-    load: Load,
+    load: DecodeSettings,
     batch: int,
     context: int,
     timing: Timing,

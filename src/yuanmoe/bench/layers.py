@@ -14,7 +14,7 @@ import torch
 from yuanmoe.bench.timing import Timing, take_turns
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.plan import cost
 
 PREFILL_PEERS = ("eager", "grouped_mm")
@@ -31,18 +31,18 @@ def cut(config: ModelConfig, num_hidden_layers: int) -> ModelConfig:
     )
 
 
-def build(config: ModelConfig, dtype: torch.dtype, device: str) -> YuanForCausalLM:
+def build(config: ModelConfig, dtype: torch.dtype, device: str) -> CausalLM:
     """A model with random weights, made directly in `dtype` on `device`."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return YuanForCausalLM(config).initialize().eval()
+            return CausalLM(config).initialize().eval()
     finally:
         torch.set_default_dtype(previous)
 
 
-def build_mixtral(model: YuanForCausalLM) -> Any:
+def build_mixtral(model: CausalLM) -> Any:
     """transformers' Mixtral with the sizes, and the very expert tensors, of `model`.
 
     Raises UsageError where transformers is not installed.
@@ -80,7 +80,7 @@ def build_mixtral(model: YuanForCausalLM) -> Any:
     return peer.eval()
 
 
-def our_steps(model: YuanForCausalLM, prompt: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+def our_steps(model: CausalLM, prompt: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
     """Prefill of `prompt` [S] into an empty cache, and one decode step behind it."""
     S = len(prompt)
     cache = model.new_cache(1, S + 1)

@@ -32,7 +32,7 @@ class Contender:
     unit: str
 
 
-def measure(contenders: Iterable[Contender], runs: int) -> dict[str, dict[str, Any]]:
+def measure_contenders(contenders: Iterable[Contender], runs: int) -> dict[str, dict[str, Any]]:
     """What each gets done in 10^9 a second, in turns: median, slowest and fastest run, and its unit."""
     named = {contender.name: contender for contender in contenders}
     timings = take_turns({name: contender.call for name, contender in named.items()}, runs)
@@ -65,7 +65,7 @@ def linear_contender(
     return Contender(name=name, call=lambda: product(next(turn)), amount=operations, unit="GOP/s")
 
 
-def quantized(name: str, *shape: int, bits: int, tokens: int = 1) -> Contender:
+def quantized_contender(name: str, *shape: int, bits: int, tokens: int = 1) -> Contender:
     """Our product with a quantized matrix."""
     form, x = packed_format(*shape, bits=bits), torch.randn(tokens, shape[-1])
     weights = rotation(lambda: random_packed(form), lambda weight: weight.nbytes)

@@ -21,9 +21,9 @@ from yuanmoe.checkpoint.files.mapped import MappedBytes
 from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.formats.native_config import dtype_name
 from yuanmoe.checkpoint.formats.packed_weight import PackedWeight
-from yuanmoe.checkpoint.open import Source, open_checkpoint
+from yuanmoe.checkpoint.open import OpenCheckpoint, open_checkpoint
 from yuanmoe.errors import ResourceError, UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.quantized.build import quantized_model
 from yuanmoe.ops.quantize.groupwise import BITS
 from yuanmoe.plan import cost
@@ -42,20 +42,20 @@ def load_model(
     device: torch.device | str = "cpu",
     ignore_unknown: bool = False,
     **changes: Any,
-) -> YuanForCausalLM:
+) -> CausalLM:
     """The model of a checkpoint of any format, ready for inference: `open_checkpoint`, then `model_of`."""
     source = open_checkpoint(path, ignore_unknown=ignore_unknown)
     return model_of(source, dtype=dtype, kv_dtype=kv_dtype, device=device, **changes)
 
 
 def model_of(
-    source: Source,
+    source: OpenCheckpoint,
     *,
     dtype: torch.dtype | None = None,
     kv_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     **changes: Any,
-) -> YuanForCausalLM:
+) -> CausalLM:
     """The model of an open checkpoint, ready for inference.
 
     `dtype` is the one that most weights are stored in unless one is named; that of the activations in a quantized
@@ -71,7 +71,7 @@ def model_of(
         dtype = torch.float32
     dtype = dtype or source.dtype
     with torch.device("meta"), _Undrawn():
-        model = quantized_model(config, formats, dtype) if formats else YuanForCausalLM(config)
+        model = quantized_model(config, formats, dtype) if formats else CausalLM(config)
     model.load_state_dict(load_state(source, dtype=dtype, device=device), assign=True)
     model.kv_dtype = kv_dtype or model.kv_dtype
     return model.eval()
@@ -88,7 +88,7 @@ class _Undrawn(TorchFunctionMode):
 
 
 def load_state(
-    source: Source, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    source: OpenCheckpoint, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """All weights under our names, in their own dtypes unless one is named; quantized ones as `codes` and `scales`.
 
@@ -112,13 +112,13 @@ def load_state(
     return state
 
 
-def _stays(source: Source, tensor: LazyTensor, dtype: torch.dtype | None, device: torch.device) -> bool:
+def _stays(source: OpenCheckpoint, tensor: LazyTensor, dtype: torch.dtype | None, device: torch.device) -> bool:
     """Whether a whole matrix beside quantized ones is mapped as it is: products take bfloat16 under float32."""
     suits = (tensor.dtype, dtype, device.type) == (torch.bfloat16, torch.float32, "cpu")
     return source.precision is not None and suits and len(tensor.shape) > 1
 
 
-def _read_ahead(source: Source, tensors: Mapping[str, LazyTensor]) -> None:
+def _read_ahead(source: OpenCheckpoint, tensors: Mapping[str, LazyTensor]) -> None:
     """Bring mapped weights into memory beside other work, or say what it costs that they do not fit."""
     mapped = sum(tensor.nbytes for tensor in tensors.values() if tensor.is_view)
     free = _free_memory(torch.device("cpu"))
@@ -135,7 +135,7 @@ def _touch(files: Sequence[MappedBytes]) -> None:
         file.touch(wanted=main_thread().is_alive)
 
 
-def _cost_of_disk(source: Source, mapped: int, free: int) -> str:
+def _cost_of_disk(source: OpenCheckpoint, mapped: int, free: int) -> str:
     """What it takes to run weights of which only a part fits into memory."""
     width = 1.0 if source.precision else source.dtype.itemsize / cost.STATE_BYTES
     read = width * cost.read_bytes(source.config, source.precision or cost.precision(16))
@@ -151,7 +151,7 @@ def _cost_of_disk(source: Source, mapped: int, free: int) -> str:
     )
 
 
-def _check_memory(source: Source, tensors: Mapping[str, LazyTensor], device: torch.device) -> None:
+def _check_memory(source: OpenCheckpoint, tensors: Mapping[str, LazyTensor], device: torch.device) -> None:
     on_cpu = device.type == "cpu"
     needed = sum(tensor.nbytes for tensor in tensors.values() if not (on_cpu and tensor.is_view))
     free = _free_memory(device)

@@ -39,7 +39,7 @@ Format = Literal["native", "official", "gptq", "megatron"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class OpenCheckpoint:
     """An open checkpoint. `tensors` have our names; reading one touches only its own bytes."""
 
     path: Path
@@ -73,7 +73,7 @@ class Source:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def open_checkpoint(path: Path | str, *, ignore_unknown: bool = False) -> Source:
+def open_checkpoint(path: Path | str, *, ignore_unknown: bool = False) -> OpenCheckpoint:
     """The checkpoint in a directory.
 
     `ignore_unknown` goes on where config.json has keys, or the files have tensors, that this package does not know.
@@ -97,7 +97,7 @@ def _named(path: Path) -> Iterator[None]:
         raise ConfigError(f"{file if file.exists() else path}: {error}") from error
 
 
-def _open(path: Path, ignore_unknown: bool) -> Source:
+def _open(path: Path, ignore_unknown: bool) -> OpenCheckpoint:
     config_file = path / "config.json"
     values = read_json(config_file) if config_file.is_file() else {}
     if values.get("format") == FORMAT:
@@ -142,7 +142,7 @@ def _quantize_config(path: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _open_native(path: Path, values: Mapping[str, Any]) -> Source:
+def _open_native(path: Path, values: Mapping[str, Any]) -> OpenCheckpoint:
     weights = open_weights(path)
     _check_counts(values.get("model"), weights.tensors)
     config, origin = read_native_config(path / "config.json", values)
@@ -151,7 +151,7 @@ def _open_native(path: Path, values: Mapping[str, Any]) -> Source:
         precision = read_record(path / "config.json", values["quantization"])
         tensors = packed_weights(path, packed_formats(config, precision), tensors, _dtype(values))
     check_tensors(path, layout(config).native, tensors)
-    return Source(
+    return OpenCheckpoint(
         path=path,
         format="native",
         config=config,
@@ -177,7 +177,7 @@ def _open_official(
     weights: Weights,
     original: Mapping[str, Any],
     ignore_unknown: bool,
-) -> Source:
+) -> OpenCheckpoint:
     # Rotary frequencies, in old 2B files, follow from the configuration.
     stored = {name: tensor for name, tensor in weights.tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
     _check_counts(fields, stored)
@@ -188,7 +188,7 @@ def _open_official(
     table = layout(config)
     needed = {name: tensor for name, tensor in stored.items() if name in table.official}
     check_tensors(path, table.official, needed if ignore_unknown else stored, optional=HEAD)
-    return Source(
+    return OpenCheckpoint(
         path=path,
         format=format,
         config=config,

@@ -38,7 +38,7 @@ def convert(
 ) -> None:
     """Write a checkpoint in another layout. Interrupted, it goes on where it was when called again."""
     from yuanmoe.checkpoint.formats.native_config import parse_dtype
-    from yuanmoe.checkpoint.write.convert import convert as convert_checkpoint
+    from yuanmoe.checkpoint.write.convert import convert_checkpoint
 
     console = people()
     start = time.perf_counter()
@@ -77,7 +77,7 @@ def verify(
     ] = False,
 ) -> None:
     """Check that a checkpoint is whole: names, shapes and dtypes, and the sha256 of the files that we wrote."""
-    from yuanmoe.checkpoint.write.verify import verify as verify_checkpoint
+    from yuanmoe.checkpoint.write.verify import verify_checkpoint
 
     console = people()
     with bytes_progress(path.name) as progress:

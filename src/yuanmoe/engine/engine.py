@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from yuanmoe.engine.pages import Pages
-from yuanmoe.engine.requests import FinishReason, Output, PromptLogprobs, Request, Stats, TokenRouting, max_length
-from yuanmoe.engine.runner import Pass, Runner
+from yuanmoe.engine.requests import (
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    RequestOutput,
+    Stats,
+    TokenRouting,
+    max_length,
+)
+from yuanmoe.engine.runner import PassResult, Runner
 from yuanmoe.engine.sampling import Sampler, TopLogprobs, require_numbers, sample, top_logprobs
 from yuanmoe.engine.schedule import Schedule, Sequence
 from yuanmoe.errors import ContextLengthError, UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.lora.multi_lora import MultiLora
 from yuanmoe.model.state.paged import PagedCache
 
@@ -31,7 +39,7 @@ class Engine:
 
     def __init__(
         self,
-        model: YuanForCausalLM,
+        model: CausalLM,
         *,
         adapters: MultiLora | None = None,
         vocab_size: int | None = None,
@@ -109,7 +117,7 @@ class Engine:
         return True
 
     @torch.inference_mode()
-    def step(self) -> list[Output]:
+    def step(self) -> list[RequestOutput]:
         """One pass of the model: the tokens that it made, at most one a request. Without work, nothing.
 
         What fails in one request ends that request with an error; what fails in the pass ends those in it.
@@ -155,7 +163,7 @@ class Engine:
             expert_load=self._runner.load.counts(),
         )
 
-    def _choose(self, sequences: list[Sequence], done: Pass) -> list["_Choice"]:
+    def _choose(self, sequences: list[Sequence], done: PassResult) -> list["_Choice"]:
         """The next token of each sequence, which is not told of it yet."""
         if not sequences:
             return []
@@ -167,7 +175,7 @@ class Engine:
             for row, (token_id, logprob, routing) in enumerate(zip(*sampled, done.routings, strict=True))
         ]
 
-    def _accept(self, sequence: Sequence, choice: "_Choice") -> Output:
+    def _accept(self, sequence: Sequence, choice: "_Choice") -> RequestOutput:
         try:
             if choice.error is not None:
                 raise choice.error
@@ -179,7 +187,7 @@ class Engine:
         self._generated_tokens += 1
         sequence.ids.append(choice.token_id)
         prompt, sequence.prompt = sequence.prompt, None
-        output = Output(
+        output = RequestOutput(
             sequence.request_id,
             choice.token_id,
             choice.logprob,
@@ -197,9 +205,9 @@ class Engine:
         del self._sequences[sequence.request_id]
         self._schedule.remove(sequence)
 
-    def _fail(self, sequence: Sequence, error: BaseException) -> Output:
+    def _fail(self, sequence: Sequence, error: BaseException) -> RequestOutput:
         self._remove(sequence)
-        return Output(sequence.request_id, -1, math.nan, error=error if isinstance(error, Exception) else None)
+        return RequestOutput(sequence.request_id, -1, math.nan, error=error if isinstance(error, Exception) else None)
 
     def _max_length(self, request: Request) -> int:
         """Tokens at which a request ends. Raises UsageError and ContextLengthError."""

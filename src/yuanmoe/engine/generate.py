@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from yuanmoe.engine.engine import Engine
-from yuanmoe.engine.requests import FinishReason, Output, Request, TokenRouting, max_length
+from yuanmoe.engine.requests import FinishReason, Request, RequestOutput, TokenRouting, max_length
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.plan.device.planner import PREFILL_TOKENS
 
 
@@ -32,7 +32,7 @@ class Token(NamedTuple):
 
 
 @dataclass(slots=True)
-class Timing:
+class GenerationTiming:
     """Seconds spent in the model and in sampling, and the tokens that took them; of all sequences together."""
 
     prefill_tokens: int = 0
@@ -60,7 +60,7 @@ class Generation:
 
     def __init__(
         self,
-        model: YuanForCausalLM,
+        model: CausalLM,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
@@ -102,7 +102,7 @@ class Generation:
         self._stopped: set[int] = set()
         self._prompt_tokens = sum(map(len, prompts))
         self._tokens = self._delayed() if routing else self._run()
-        self.timing = Timing()
+        self.timing = GenerationTiming()
         """Of what was computed so far."""
 
     def __iter__(self) -> Iterator[Token]:
@@ -133,7 +133,7 @@ class Generation:
                 if output.finish_reason is not None:
                     yield held.pop(sequence)
 
-    def _outputs(self) -> Iterator[Output]:
+    def _outputs(self) -> Iterator[RequestOutput]:
         while self._engine.has_work:
             for output in self._step():
                 if output.error is not None:
@@ -141,7 +141,7 @@ class Generation:
                 if output.request_id not in self._stopped:
                     yield output
 
-    def _step(self) -> list[Output]:
+    def _step(self) -> list[RequestOutput]:
         start = time.perf_counter()
         outputs = self._engine.step()
         seconds = time.perf_counter() - start
@@ -160,5 +160,5 @@ def _name(index: int, count: int) -> str:
     return f"prompt {index}" if count > 1 else "the prompt"
 
 
-def _token(output: Output) -> Token:
+def _token(output: RequestOutput) -> Token:
     return Token(output.request_id, output.token_id, output.logprob, output.finish_reason)

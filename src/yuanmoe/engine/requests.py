@@ -67,7 +67,7 @@ class PromptLogprobs(NamedTuple):
     """Empty unless top_logprobs were asked for."""
 
 
-class Output(NamedTuple):
+class RequestOutput(NamedTuple):
     """One token of one request, or the error that ended it.
 
     The last output of a request has a `finish_reason` or an `error`; a cancelled request has no further output.

@@ -14,14 +14,14 @@ from yuanmoe.engine.requests import PromptLogprobs, TokenRouting
 from yuanmoe.engine.sampling import top_logprobs
 from yuanmoe.engine.schedule import Sequence
 from yuanmoe.engine.score import HEAD_TOKENS
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.lora.multi_lora import MultiLora
 from yuanmoe.model.router import Routing
 from yuanmoe.model.state.paged import PagedCache, PagedSequences
 from yuanmoe.routing.expert_load import ExpertLoad
 
 
-class Pass(NamedTuple):
+class PassResult(NamedTuple):
     """What a pass made for the sequences that it read to their end, in the order of the batch."""
 
     logits: Tensor
@@ -33,14 +33,14 @@ class Pass(NamedTuple):
 class Runner:
     """A model with its adapters and the pages of its sequences, and how often its experts were visited."""
 
-    def __init__(self, model: YuanForCausalLM, adapters: MultiLora, cache: PagedCache, vocab_size: int) -> None:
+    def __init__(self, model: CausalLM, adapters: MultiLora, cache: PagedCache, vocab_size: int) -> None:
         self._model = model
         self._adapters = adapters
         self._cache = cache
         self._vocab_size = vocab_size
         self.load = ExpertLoad(model.config.experts_per_layer, cache.device)
 
-    def run(self, batch: list[tuple[Sequence, int]]) -> Pass:
+    def run(self, batch: list[tuple[Sequence, int]]) -> PassResult:
         """Computes the next tokens of each sequence into its pages, and scores prompts that want it."""
         sequences = self._sequences(batch)
         ids = np.empty(len(sequences.positions), dtype=np.int64)
@@ -57,7 +57,7 @@ class Runner:
         last = torch.from_numpy(sequences.last[ended]).to(self._cache.device)
         asked = [batch[row][0].request.routing for row in ended]
         logits = self._logits(hidden.index_select(0, last), adapters[sequences.last[ended]])
-        return Pass(logits, _routings_at(last, routings, asked))
+        return PassResult(logits, _routings_at(last, routings, asked))
 
     def _sequences(self, batch: list[tuple[Sequence, int]]) -> PagedSequences:
         table = np.zeros((len(batch), max(sequence.num_pages for sequence, _ in batch)), dtype=np.int32)

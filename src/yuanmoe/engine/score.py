@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.plan.device.planner import PREFILL_TOKENS
 
 HEAD_TOKENS = 128
@@ -19,7 +19,7 @@ HEAD_TOKENS = 128
 
 
 @torch.inference_mode()
-def score(model: YuanForCausalLM, ids: Sequence[int], *, chunk_size: int = PREFILL_TOKENS) -> list[float]:
+def score(model: CausalLM, ids: Sequence[int], *, chunk_size: int = PREFILL_TOKENS) -> list[float]:
     """The log-probability of every token but the first, given those before it. Raises UsageError for fewer than two."""
     if len(ids) < 2:
         raise UsageError(f"{len(ids)} tokens: at least 2 are needed, as the first is only read, not scored")
@@ -30,7 +30,7 @@ def score(model: YuanForCausalLM, ids: Sequence[int], *, chunk_size: int = PREFI
     return logprobs
 
 
-def _score_window(model: YuanForCausalLM, ids: Sequence[int], chunk_size: int) -> list[float]:
+def _score_window(model: CausalLM, ids: Sequence[int], chunk_size: int) -> list[float]:
     tokens = torch.tensor(ids, device=model.model.norm.weight.device)
     cache = model.new_cache(1, len(ids))
     logprobs = []

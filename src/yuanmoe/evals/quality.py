@@ -15,12 +15,12 @@ from torch import Tensor
 
 from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD
 from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.open import Source
-from yuanmoe.checkpoint.quantize.streamed import attend, embed, open_layer
+from yuanmoe.checkpoint.open import OpenCheckpoint
+from yuanmoe.checkpoint.quantize.streamed import attend_windows, embed, open_layer
 from yuanmoe.engine.score import HEAD_TOKENS
 from yuanmoe.errors import CheckpointError
-from yuanmoe.evals.reading import progress, windows
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.evals.reading import progress, text_windows
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.norm import RMSNorm
 from yuanmoe.ops.products.linear import linear
 from yuanmoe.plan.device.planner import PREFILL_TOKENS
@@ -32,7 +32,7 @@ OnTokens = Callable[[float], None]
 """Hears tokens done since the last call; one layer of ten is a tenth of them."""
 
 
-class Reading(NamedTuple):
+class TextReading(NamedTuple):
     """What a model made of a text of N tokens in windows."""
 
     nats: Tensor
@@ -43,18 +43,20 @@ class Reading(NamedTuple):
     """Experts of every token, ascending, [N, K] for each layer that has any."""
 
 
-def silent(_: float) -> None:
+def ignore_tokens(_: float) -> None:
     """Hears, and does nothing."""
 
 
 @torch.inference_mode()
-def read_streamed(source: Source, pieces: Sequence[Sequence[int]], on_tokens: OnTokens = silent) -> Reading:
+def read_streamed(
+    source: OpenCheckpoint, pieces: Sequence[Sequence[int]], on_tokens: OnTokens = ignore_tokens
+) -> TextReading:
     """The checkpoint as it is, in float32, one layer in memory at a time."""
     lengths = list(map(len, pieces))
     x, routes = embed(source, [token for piece in pieces for token in piece]), []
     for index in range(source.config.num_hidden_layers):
         layer = open_layer(source, index)
-        x, routing = layer.feed_forward(attend(layer, source, x, lengths))
+        x, routing = layer.feed_forward(attend_windows(layer, source, x, lengths))
         if routing is not None:
             routes.append(routing.experts.sort(dim=-1).values)
         source.release()
@@ -67,7 +69,7 @@ def read_streamed(source: Source, pieces: Sequence[Sequence[int]], on_tokens: On
 
 
 @torch.inference_mode()
-def read_loaded(model: YuanForCausalLM, pieces: Sequence[Sequence[int]], on_tokens: OnTokens = silent) -> Reading:
+def read_loaded(model: CausalLM, pieces: Sequence[Sequence[int]], on_tokens: OnTokens = ignore_tokens) -> TextReading:
     """A model in memory, as it generates: with its cache, in its precision."""
     judged, routes = [], []
     with progress(model, on_tokens):
@@ -92,12 +94,12 @@ def _judged(logits: Callable[[Tensor], Tensor], hidden: Tensor, piece: Sequence[
     return nats, likeliest
 
 
-def _reading(judged: Sequence[tuple[Tensor, Tensor]], routes: list[Tensor]) -> Reading:
+def _reading(judged: Sequence[tuple[Tensor, Tensor]], routes: list[Tensor]) -> TextReading:
     nats, likeliest = (torch.cat(part) for part in zip(*judged, strict=True))
-    return Reading(nats, likeliest, routes)
+    return TextReading(nats, likeliest, routes)
 
 
-def compare(before: Reading, after: Reading) -> dict[str, Any]:
+def compare(before: TextReading, after: TextReading) -> dict[str, Any]:
     """The quality of `after` beside `before`, as JSON values. Raises CheckpointError where one has no likelihood."""
     for name, reading in (("original", before), ("quantized", after)):
         missing = int((~reading.nats.isfinite()).sum())
@@ -124,15 +126,15 @@ def compare(before: Reading, after: Reading) -> dict[str, Any]:
 
 
 def quality(
-    source: Source,
+    source: OpenCheckpoint,
     quantized: Path,
     ids: Sequence[int],
     context: int | None = None,
-    on_tokens: OnTokens = silent,
+    on_tokens: OnTokens = ignore_tokens,
 ) -> dict[str, Any]:
     """Both models on a text, one after the other. Raises UsageError for fewer than two tokens."""
     context = context or min(CONTEXT, source.config.max_position_embeddings)
-    pieces = list(windows(ids, context))
+    pieces = list(text_windows(ids, context))
     before = read_streamed(source, pieces, on_tokens)
     after = read_loaded(load_model(quantized, device="cpu"), pieces, on_tokens)
     return {"context": context} | compare(before, after)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from yuanmoe.engine.score import score
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 
 
-def windows(ids: Sequence[int], context: int) -> Iterator[Sequence[int]]:
+def text_windows(ids: Sequence[int], context: int) -> Iterator[Sequence[int]]:
     """Pieces of at most `context` tokens, each starting with the last token of the one before."""
     if context < 2 or len(ids) < 2:
         raise UsageError(
@@ -26,7 +26,7 @@ def windows(ids: Sequence[int], context: int) -> Iterator[Sequence[int]]:
         yield ids[start : start + context]
 
 
-def losses(model: YuanForCausalLM, ids: Sequence[int], context: int) -> Tensor:
+def losses(model: CausalLM, ids: Sequence[int], context: int) -> Tensor:
     """Nats of every token but the first, given those before it in its window, [len(ids) - 1] float32 on the CPU.
 
     `context` may exceed the model's own: its configuration is often shorter than what it was trained on (M32: 4096 and
@@ -34,11 +34,11 @@ def losses(model: YuanForCausalLM, ids: Sequence[int], context: int) -> Tensor:
     """
     longest = max(context, model.config.max_position_embeddings)
     with configured(model, max_position_embeddings=longest):
-        return -torch.tensor([logprob for window in windows(ids, context) for logprob in score(model, window)])
+        return -torch.tensor([logprob for window in text_windows(ids, context) for logprob in score(model, window)])
 
 
 @contextmanager
-def configured(model: YuanForCausalLM, **changes: Any) -> Iterator[None]:
+def configured(model: CausalLM, **changes: Any) -> Iterator[None]:
     """The model under settings that need no other weights: `rope_theta`, `rope_angles`, `max_position_embeddings`."""
     before = model.config
     model.config = model.model.config = before.replace(**changes)
@@ -49,7 +49,7 @@ def configured(model: YuanForCausalLM, **changes: Any) -> Iterator[None]:
 
 
 @contextmanager
-def progress(model: YuanForCausalLM, on_tokens: Callable[[float], None]) -> Iterator[None]:
+def progress(model: CausalLM, on_tokens: Callable[[float], None]) -> Iterator[None]:
     """Reports what was read after every layer of every pass, as a number of tokens: one layer of ten is a tenth."""
     layers = list(model.model.layers)
 

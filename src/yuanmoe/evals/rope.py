@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from yuanmoe.config import RopeAngles
-from yuanmoe.evals.reading import configured, losses, windows
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.evals.reading import configured, losses, text_windows
+from yuanmoe.model.decoder import CausalLM
 
 BASES = (10000.0, 40890.0)
 BLOCK_TOKENS = 32
@@ -77,7 +77,7 @@ class Verdict:
     text: str
 
 
-def settings_of(model: YuanForCausalLM) -> list[Setting]:
+def settings_of(model: CausalLM) -> list[Setting]:
     """The settings worth trying: the released bases and the model's own, each with both precisions."""
     bases = sorted({*BASES, float(model.config.rope_theta)})
     angles: tuple[RopeAngles, ...] = ("float32", "bfloat16")
@@ -85,11 +85,11 @@ def settings_of(model: YuanForCausalLM) -> list[Setting]:
 
 
 def losses_by_setting(
-    model: YuanForCausalLM, ids: Sequence[int], context: int, settings: Sequence[Setting]
+    model: CausalLM, ids: Sequence[int], context: int, settings: Sequence[Setting]
 ) -> dict[Setting, Tensor]:
     """Nats of every token but the first under each setting."""
     parts: dict[Setting, list[Tensor]] = {setting: [] for setting in settings}
-    for window in windows(ids, context):
+    for window in text_windows(ids, context):
         for setting in settings:
             with configured(model, rope_theta=setting.rope_theta, rope_angles=setting.rope_angles):
                 parts[setting].append(losses(model, window, context))

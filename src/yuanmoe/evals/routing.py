@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
 from yuanmoe.ops.products.linear import linear
 from yuanmoe.ops.relations import relations
@@ -74,7 +74,7 @@ def _summed_relations(router: AttentionRouter, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def recorded(model: YuanForCausalLM, ids: Sequence[int]) -> Iterator[list[LayerRecord]]:
+def recorded(model: CausalLM, ids: Sequence[int]) -> Iterator[list[LayerRecord]]:
     """One record for each layer with experts, filled while the model reads `ids` from its first token on."""
     kinds = TextKinds(ids)
     records = []
@@ -88,7 +88,7 @@ def recorded(model: YuanForCausalLM, ids: Sequence[int]) -> Iterator[list[LayerR
         yield records
 
 
-def summary(record: LayerRecord) -> dict[str, Any]:
+def layer_summary(record: LayerRecord) -> dict[str, Any]:
     """A layer's load in numbers: JSON values."""
     choices = record.together.diagonal().double()
     load = choices / choices.sum()
@@ -147,7 +147,7 @@ def _outstanding(observed: Tensor, expected: Tensor, count: int) -> list[tuple[i
     return [(place, (observed[place] / expected[place]).item()) for place, value in ranked if value > 0]
 
 
-def matrices(record: LayerRecord) -> dict[str, list[list[float]] | None]:
+def expert_matrices(record: LayerRecord) -> dict[str, list[list[float]] | None]:
     """`together`: the share of row i's tokens that also went to j. `relations`: the mean A_ij, if there is one."""
     choices = record.together.diagonal().double()
     together = record.together.double() / choices.clamp(min=1)[:, None]

@@ -105,7 +105,7 @@ def rotary_of(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return rotary_tables(positions, config.rotary_dim, config.rope_theta, config.rope_angles)
 
 
-class Output(NamedTuple):
+class ModelOutput(NamedTuple):
     """`logits` [B, S, V], `hidden` [B, S, D] after the final norm, `routings` a layer with N = B * S."""
 
     logits: Tensor
@@ -113,7 +113,7 @@ class Output(NamedTuple):
     routings: tuple[Routing, ...]
 
 
-class YuanForCausalLM(nn.Module):
+class CausalLM(nn.Module):
     """The decoder with its output head, which is the embedding where the model is tied."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -151,10 +151,10 @@ class YuanForCausalLM(nn.Module):
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return head.weight
 
-    def forward(self, input_ids: Int[Tensor, "B S"]) -> Output:
+    def forward(self, input_ids: Int[Tensor, "B S"]) -> ModelOutput:
         """B whole sequences at once, without state; documents restart as `config.packing` says."""
         hidden, routings = self.read(input_ids)
-        return Output(self.logits(hidden), hidden, routings)
+        return ModelOutput(self.logits(hidden), hidden, routings)
 
     def read(
         self, input_ids: Int[Tensor, "B S"], documents: Int[Tensor, "B S"] | None = None
@@ -180,7 +180,7 @@ class YuanForCausalLM(nn.Module):
         return Cache(self.config, batch_size, capacity, dtype=norm.dtype, kv_dtype=self.kv_dtype, device=norm.device)
 
     @torch.no_grad()
-    def initialize(self) -> "YuanForCausalLM":
+    def initialize(self) -> "CausalLM":
         """Random weights as published: N(0, 0.02), output projections scaled by 1 / sqrt(2 L), the filters as torch
         initializes convolutions: uniform within 1 / sqrt(inputs) (spec 1.3 and 6.2). Uses torch's global generator."""
         std = self.config.initializer_range

@@ -136,8 +136,8 @@ def _figure(index: int, name: str, matrix: list[list[float]], caption: str) -> s
 
 def _expert(expert: int, share: float, most: float, favourites: list[dict[str, Any]]) -> str:
     tokens = " ".join(
-        f'<code title="{token["tokens"]} times, {token["times_chance"]} times chance">{escape(visible(token["token"]))}'
-        "</code>"
+        f'<code title="{token["tokens"]} times, {token["times_chance"]} times chance">'
+        f"{escape(visible_token(token['token']))}</code>"
         for token in favourites
     )
     bar = f'<span class="bar" style="width:{6 * share / most:.2f}em"></span>'
@@ -165,7 +165,7 @@ def heat_map(
     return f'<svg class="{name}" data-map="{name}"{place} viewBox="0 0 {width + 2.5} {height + 2.5}">{drawing}</svg>'
 
 
-def visible(token: str) -> str:
+def visible_token(token: str) -> str:
     """A token's text with whitespace that can be seen."""
     return token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "\u00b7")
 

@@ -24,13 +24,13 @@ from yuanmoe.checkpoint.files.lazy import TensorView
 from yuanmoe.checkpoint.files.safetensors_file import open_safetensors
 from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD, layout
 from yuanmoe.checkpoint.formats.native_config import ADAPTER_FORMAT
-from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.open import OpenCheckpoint
 from yuanmoe.checkpoint.write.writer import Contents, Written, write_checkpoint
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, ConfigError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.lora.attach import A, B, attach, factor_tensors
-from yuanmoe.model.lora.targets import LoraSettings, Shape, factor_shapes, num_parameters, role_of, targets
+from yuanmoe.model.lora.targets import LoraSettings, Shape, factor_shapes, lora_role_of, num_parameters, targets
 from yuanmoe.storage.json_file import read_json
 
 VERSION = 1
@@ -57,10 +57,10 @@ class Adapter:
     """Where it came from, for messages."""
 
 
-def matrices(config: ModelConfig) -> dict[str, Shape]:
+def adaptable_matrices(config: ModelConfig) -> dict[str, Shape]:
     """What can be adapted in such a model by name; the head also where it is the embedding."""
     shapes = layout(config).native
-    named = {name: shape for name, shape in shapes.items() if len(shape) > 1 and role_of(name)}
+    named = {name: shape for name, shape in shapes.items() if len(shape) > 1 and lora_role_of(name)}
     return named | {HEAD: shapes[EMBEDDING]}
 
 
@@ -75,9 +75,9 @@ def adapted_shapes(adapter: Adapter) -> dict[str, Shape]:
     return shapes
 
 
-def active_parameters(config: ModelConfig, settings: LoraSettings) -> float:
+def active_lora_parameters(config: ModelConfig, settings: LoraSettings) -> float:
     """How many of them work for one token: of a stack the chosen experts' alone."""
-    shapes = targets(matrices(config), settings)
+    shapes = targets(adaptable_matrices(config), settings)
     chosen = config.num_experts_per_tok
     return sum(
         num_parameters(shape, settings.rank) * (chosen / shape[0] if len(shape) == 3 else 1)
@@ -95,12 +95,12 @@ def fingerprint(config: ModelConfig, read: Callable[[str], Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def base_of(model: YuanForCausalLM, name: str) -> Base:
+def base_of(model: CausalLM, name: str) -> Base:
     """What a model in memory is known by."""
     return Base(name=name, fingerprint=fingerprint(model.config, model.state_dict().__getitem__))
 
 
-def adapter_of(model: YuanForCausalLM, settings: LoraSettings, base: Base) -> Adapter:
+def adapter_of(model: CausalLM, settings: LoraSettings, base: Base) -> Adapter:
     """What is attached to a model, not copied."""
     return Adapter(settings=settings, base=base, tensors=factor_tensors(model))
 
@@ -150,14 +150,14 @@ def open_adapter(path: Path | str) -> Adapter:
     return adapter
 
 
-def check_fits(adapter: Adapter, config: ModelConfig, found: str, name: str) -> None:
+def check_adapter_fits(adapter: Adapter, config: ModelConfig, found: str, name: str) -> None:
     """Raises CheckpointError unless an adapter belongs to the base of that configuration and fingerprint."""
     if adapter.base.fingerprint != found:
         raise CheckpointError(
             f"{adapter.place} belongs to {adapter.base.name} (fingerprint {adapter.base.fingerprint[:12]}), not to "
             f"{name} ({found[:12]}); give it the base that it was trained on, in any precision"
         )
-    shapes = targets(matrices(config), adapter.settings)
+    shapes = targets(adaptable_matrices(config), adapter.settings)
     expected = {}
     for target, shape in shapes.items():
         expected[f"{target}.{A}"], expected[f"{target}.{B}"] = factor_shapes(shape, adapter.settings.rank)
@@ -170,13 +170,13 @@ def check_fits(adapter: Adapter, config: ModelConfig, found: str, name: str) -> 
         )
 
 
-def check_source(adapter: Adapter, source: Source) -> None:
+def check_source(adapter: Adapter, source: OpenCheckpoint) -> None:
     """The same for a base whose weights are still in their files, of which little is read."""
     found = fingerprint(source.config, lambda name: source.tensors[name].read())
-    check_fits(adapter, source.config, found, str(source.path))
+    check_adapter_fits(adapter, source.config, found, str(source.path))
 
 
-def attach_adapter(model: YuanForCausalLM, adapter: Adapter, name: str = "this model") -> None:
+def attach_adapter(model: CausalLM, adapter: Adapter, name: str = "this model") -> None:
     """Puts an adapter to work in its base. Raises CheckpointError for another base."""
-    check_fits(adapter, model.config, base_of(model, name).fingerprint, name)
+    check_adapter_fits(adapter, model.config, base_of(model, name).fingerprint, name)
     attach(model, adapter.tensors, adapter.settings)

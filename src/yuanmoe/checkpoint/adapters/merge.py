@@ -15,7 +15,7 @@ from yuanmoe.checkpoint.adapters.adapter import Adapter, adapted_shapes, check_s
 from yuanmoe.checkpoint.files.lazy import LazyTensor, main_dtype
 from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD, layout
 from yuanmoe.checkpoint.formats.native_config import native_config
-from yuanmoe.checkpoint.open import Source, open_checkpoint
+from yuanmoe.checkpoint.open import OpenCheckpoint, open_checkpoint
 from yuanmoe.checkpoint.write.save import contents_of
 from yuanmoe.checkpoint.write.writer import WriteOptions, Written, write_checkpoint
 from yuanmoe.errors import UsageError
@@ -43,7 +43,7 @@ class MergedTensor(LazyTensor):
         return rows.flatten().to(self.dtype)
 
 
-def merge(base: Path | str, adapter: Path | str, dst: Path | str, **options: Unpack[WriteOptions]) -> Written:
+def merge_adapter(base: Path | str, adapter: Path | str, dst: Path | str, **options: Unpack[WriteOptions]) -> Written:
     """Writes the base with an adapter in its weights as a native checkpoint; interrupted, it goes on when run again.
 
     Raises UsageError for a base in few bits, whose rounding would swallow what was learned, and what opening and
@@ -66,7 +66,7 @@ def merge(base: Path | str, adapter: Path | str, dst: Path | str, **options: Unp
     return write_checkpoint(dst, replace(contents, fingerprint=key), **options)
 
 
-def merged_tensors(source: Source, adapter: Adapter) -> dict[str, LazyTensor]:
+def merged_tensors(source: OpenCheckpoint, adapter: Adapter) -> dict[str, LazyTensor]:
     """All weights of a checkpoint, lazily, the adapted ones with their correction."""
     tensors = dict(source.tensors)
     for name in adapted_shapes(adapter):

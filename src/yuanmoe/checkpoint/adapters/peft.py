@@ -19,7 +19,7 @@ from yuanmoe.checkpoint.files.lazy import TensorView
 from yuanmoe.checkpoint.files.safetensors_file import write_safetensors
 from yuanmoe.errors import CheckpointError
 from yuanmoe.model.lora.attach import A, B
-from yuanmoe.model.lora.targets import ROUTER, role_of
+from yuanmoe.model.lora.targets import ROUTER, lora_role_of
 from yuanmoe.storage.folder import Kind, new_folder, write_synced
 from yuanmoe.storage.json_file import json_text
 
@@ -45,7 +45,7 @@ def export_peft(adapter: Adapter, dst: Path | str, *, overwrite: bool = False) -
 
 def _config(adapter: Adapter, names: list[str]) -> dict[str, object]:
     settings = adapter.settings
-    parameters = [name for name in names if role_of(name) in _PARAMETERS]
+    parameters = [name for name in names if lora_role_of(name) in _PARAMETERS]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -117,7 +117,7 @@ class TensorView(LazyTensor):
         return rows[start - first * size : stop - first * size]
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """Elements [start, stop) of a flattened tensor."""
 
     tensor: LazyTensor
@@ -129,11 +129,13 @@ class Part(NamedTuple):
 class ComposedTensor(LazyTensor):
     """Parts of other tensors, one after the other; each row optionally transposed from `taps` (a, b) to (b, a)."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     taps: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], parts: list[Part], taps: tuple[int, int] | None = None) -> "ComposedTensor":
+    def of(
+        cls, shape: tuple[int, ...], parts: list[TensorPart], taps: tuple[int, int] | None = None
+    ) -> "ComposedTensor":
         """`parts` joined to `shape`. Different dtypes meet in the smallest that holds both without loss."""
         dtype = parts[0].tensor.dtype
         for part in parts[1:]:

@@ -23,7 +23,7 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedTensor(LazyTensor):
+class GPTQTensor(LazyTensor):
     """The weight [O, I] of one packed linear; reading some rows unpacks those rows."""
 
     name: str
@@ -38,12 +38,12 @@ class PackedTensor(LazyTensor):
         first, last = start // inputs, -(-stop // inputs)
         qweight, scales = self.qweight.read(), self.scales.read().T
         # Stored minus one; a zero of 0 went round to the largest code, and comes back round.
-        zeros = (unpack(self.qzeros.read().T, self.bits).T + 1) & (2**self.bits - 1)
+        zeros = (unpack_gptq(self.qzeros.read().T, self.bits).T + 1) & (2**self.bits - 1)
         groups = self._groups()
         rows = torch.empty(last - first, inputs, dtype=self.dtype)
         for block, low in zip(rows.split(_ROWS), range(first, last, _ROWS), strict=True):
             some = slice(low, low + len(block))
-            block.copy_(_dequantized(unpack(qweight[:, some], self.bits), zeros[some], scales[some], groups))
+            block.copy_(_dequantized(unpack_gptq(qweight[:, some], self.bits), zeros[some], scales[some], groups))
         return rows.view(-1)[start - first * inputs : stop - first * inputs]
 
     def symmetric_group_size(self) -> int | None:
@@ -56,7 +56,7 @@ class PackedTensor(LazyTensor):
 
     def signed(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """The codes int8 [rows, I] and scales [rows, groups] of some rows, where there is a symmetric group size."""
-        codes = unpack(self.qweight.read()[:, first:last], self.bits)
+        codes = unpack_gptq(self.qweight.read()[:, first:last], self.bits)
         return (codes.int() - 2 ** (self.bits - 1)).to(torch.int8), self.scales.read().T[first:last].contiguous()
 
     def _groups(self) -> Tensor | None:
@@ -78,7 +78,7 @@ def _dequantized(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor | 
     return ((runs - zeros.unsqueeze(2)) * scales.unsqueeze(2)).view(codes.shape)
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
+def unpack_gptq(words: Tensor, bits: int) -> Tensor:
     """Codes uint8 [N, W * 32 / bits] out of int32 `words` [W, N], low bits first."""
     # Flattened first: a transposed single column counts as contiguous, but cannot be viewed as bytes.
     octets = words.reshape(-1).view(torch.uint8).view(*words.shape, 4)
@@ -104,7 +104,7 @@ def packed_tensors(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any
     return plain | {f"{name}.weight": _packed(name, tensors, bits) for name in sorted(packed)}
 
 
-def _packed(name: str, tensors: Mapping[str, LazyTensor], bits: int) -> PackedTensor:
+def _packed(name: str, tensors: Mapping[str, LazyTensor], bits: int) -> GPTQTensor:
     missing = [f"{name}.{suffix}" for suffix in SUFFIXES if f"{name}.{suffix}" not in tensors]
     if missing:
         raise CheckpointError(f"tensor {missing[0]!r} of a packed weight is missing; download the files again")
@@ -119,7 +119,7 @@ def _packed(name: str, tensors: Mapping[str, LazyTensor], bits: int) -> PackedTe
             f"{', '.join(SUFFIXES)} of {name} have shapes {found} and dtypes {qweight.dtype}, {qzeros.dtype}, "
             f"{scales.dtype}; expected {expected} and int32, int32, float16"
         )
-    return PackedTensor(
+    return GPTQTensor(
         shape=(outputs, inputs),
         dtype=scales.dtype,
         name=name,

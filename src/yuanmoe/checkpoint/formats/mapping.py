@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import NamedTuple
 
-from yuanmoe.checkpoint.files.lazy import ComposedTensor, LazyTensor, Part
+from yuanmoe.checkpoint.files.lazy import ComposedTensor, LazyTensor, TensorPart
 from yuanmoe.checkpoint.formats.native_config import WEIGHT_DTYPES
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError
@@ -48,7 +48,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class TensorLayout:
     """All tensors of a model under both names: their shapes, and the spans that cover each side exactly once."""
 
     native: dict[str, Shape] = field(default_factory=dict)
@@ -81,9 +81,9 @@ class Layout:
                 self.spans.append(Span(f"{prefix}.{native}.weight", head * block, official, position * block, block))
 
 
-def layout(config: ModelConfig) -> Layout:
+def layout(config: ModelConfig) -> TensorLayout:
     """The tensors of a model of this configuration; the head only where it is not the embedding."""
-    table = Layout()
+    table = TensorLayout()
     D, V = config.hidden_size, config.vocab_size
     table.rename(EMBEDDING, (V, D))
     for index, experts in enumerate(config.experts_per_layer):
@@ -101,7 +101,7 @@ def layout(config: ModelConfig) -> Layout:
     return table
 
 
-def _attention(table: Layout, prefix: str, config: ModelConfig) -> None:
+def _attention(table: TensorLayout, prefix: str, config: ModelConfig) -> None:
     D, C = config.hidden_size, config.attention_size
     if config.localized_filtering:
         for conv, outputs, inputs in (("conv1", D // 2, D), ("conv2", D, D // 2)):
@@ -115,7 +115,7 @@ def _attention(table: Layout, prefix: str, config: ModelConfig) -> None:
     table.rename(f"{prefix}.o_proj.weight", (D, C))
 
 
-def _experts(table: Layout, prefix: str, config: ModelConfig, experts: int) -> None:
+def _experts(table: TensorLayout, prefix: str, config: ModelConfig, experts: int) -> None:
     D, F, E = config.hidden_size, config.moe_intermediate_size, experts
     if config.router == "attention":
         parts = {f"{prefix}.gate.{role}.weight": (E, D) for role in ("query", "key", "value")}
@@ -135,17 +135,17 @@ def _experts(table: Layout, prefix: str, config: ModelConfig, experts: int) -> N
         table.rename(f"{shared}.down_proj.weight", (D, width), f"{shared}.w2.weight")
 
 
-def _dense(table: Layout, prefix: str, hidden: int, width: int) -> None:
+def _dense(table: TensorLayout, prefix: str, hidden: int, width: int) -> None:
     # Official `up_proj` is the half with SiLU, so it comes first.
     halves = {f"{prefix}.{name}.weight": (width, hidden) for name in ("up_proj", "gate_proj")}
     table.join(f"{prefix}.gate_up_proj.weight", (2 * width, hidden), halves)
     table.rename(f"{prefix}.down_proj.weight", (hidden, width))
 
 
-def to_native(table: Layout, official: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def to_native(table: TensorLayout, official: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Every native tensor, lazily, out of the official ones."""
     placed = [
-        (span.native, span.native_start, Part(official[span.official], span.official_start, span.official_stop))
+        (span.native, span.native_start, TensorPart(official[span.official], span.official_start, span.official_stop))
         for span in table.spans
     ]
     sources = {span.native: table.official[span.official] for span in table.spans}
@@ -153,10 +153,10 @@ def to_native(table: Layout, official: Mapping[str, LazyTensor]) -> dict[str, La
     return _composed(table.native, placed, taps)
 
 
-def to_official(table: Layout, native: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def to_official(table: TensorLayout, native: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Every official tensor, lazily, out of the native ones."""
     placed = [
-        (span.official, span.official_start, Part(native[span.native], span.native_start, span.native_stop))
+        (span.official, span.official_start, TensorPart(native[span.native], span.native_start, span.native_stop))
         for span in table.spans
     ]
     taps = {name: (2, shape[1]) for name, shape in table.official.items() if len(shape) == 4}
@@ -164,9 +164,9 @@ def to_official(table: Layout, native: Mapping[str, LazyTensor]) -> dict[str, La
 
 
 def _composed(
-    shapes: Mapping[str, Shape], placed: Iterable[tuple[str, int, Part]], taps: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, Shape], placed: Iterable[tuple[str, int, TensorPart]], taps: Mapping[str, tuple[int, int]]
 ) -> dict[str, LazyTensor]:
-    parts: dict[str, list[tuple[int, Part]]] = defaultdict(list)
+    parts: dict[str, list[tuple[int, TensorPart]]] = defaultdict(list)
     for name, start, part in placed:
         parts[name].append((start, part))
     return {

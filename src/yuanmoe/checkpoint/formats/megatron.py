@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from yuanmoe.checkpoint.files.lazy import ComposedTensor, LazyTensor, Part, Weights
+from yuanmoe.checkpoint.files.lazy import ComposedTensor, LazyTensor, TensorPart, Weights
 from yuanmoe.checkpoint.files.pickle_file import MEGATRON_NAMES, Inert, read_pickle
 from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD
 from yuanmoe.config import SPECIAL_TOKENS, ModelConfig
@@ -172,7 +172,7 @@ def _equal_part(file: Path, name: str, tensor: LazyTensor, index: int, count: in
         raise CheckpointError(f"{file}: tensor {name!r} has shape {tensor.shape}, which is not {count} equal parts")
     size = tensor.numel // count
     shape = (tensor.shape[0] // count, *tensor.shape[1:])
-    return ComposedTensor.of(shape, [Part(tensor, index * size, (index + 1) * size)])
+    return ComposedTensor.of(shape, [TensorPart(tensor, index * size, (index + 1) * size)])
 
 
 def _experts(file: Path, name: str, tensor: LazyTensor, stage: Mapping[str, LazyTensor]) -> Iterator[LazyTensor]:

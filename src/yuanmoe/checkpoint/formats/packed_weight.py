@@ -21,7 +21,7 @@ from yuanmoe.checkpoint.files.lazy import LazyTensor
 from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD, layout
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, UsageError
-from yuanmoe.ops.quantize.groupwise import BITS, BLOCK_ROWS, GROUP_SIZES, PackedTensor, check_format, dequantize
+from yuanmoe.ops.quantize.groupwise import BITS, BLOCK_ROWS, GROUP_SIZES, PackedTensor, check_format, dequantize_weight
 from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.plan.cost import PRECISIONS, ROLES, Precision, Role
 
@@ -149,7 +149,7 @@ class PackedWeight(LazyTensor):
                 (self.scales, form.groups * form.scales_shape[-1]),
             )
         )
-        whole = dequantize(cut.tensor(codes, scales))
+        whole = dequantize_weight(cut.tensor(codes, scales))
         return whole[first - low * BLOCK_ROWS : last - low * BLOCK_ROWS]
 
 

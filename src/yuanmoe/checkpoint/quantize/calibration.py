@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from yuanmoe.checkpoint.files.lazy import LazyTensor
-from yuanmoe.checkpoint.open import Source
-from yuanmoe.checkpoint.quantize.encoding import Encoder, Noise, measure
+from yuanmoe.checkpoint.open import OpenCheckpoint
+from yuanmoe.checkpoint.quantize.encoding import Noise, WeightEncoder, measure_noise
 from yuanmoe.checkpoint.quantize.streamed import (
     TOKENS_AT_ONCE,
     StreamedExperts,
-    attend,
+    attend_windows,
     embed,
     open_layer,
     window_lengths,
@@ -65,7 +65,7 @@ class _OpenLayer(NamedTuple):
 class Calibration:
     """A text on its way through a checkpoint. Ask for weights in the order of the model."""
 
-    def __init__(self, source: Source, ids: Sequence[int]) -> None:
+    def __init__(self, source: OpenCheckpoint, ids: Sequence[int]) -> None:
         """Raises UsageError for ids that the model does not have."""
         wrong = next((token for token in ids if not 0 <= token < source.config.vocab_size), None)
         if wrong is not None:
@@ -126,7 +126,7 @@ class Calibration:
         x = embed(self._source, self._ids) if self._x is None else self._x
         self._x = None
         with _observed(layer.self_attn, ATTENTION_INPUTS if moments else ()) as found:
-            attended = attend(layer, self._source, x, self._lengths)
+            attended = attend_windows(layer, self._source, x, self._lengths)
         normed = layer.post_attention_layernorm(attended)
         routing = layer.mlp.router(normed) if isinstance(layer.mlp, MixtureOfExperts) else None
         self._source.release()
@@ -171,7 +171,7 @@ def _hidden(state: _OpenLayer, rest: str, expert: int, tokens: Tensor) -> Iterat
         yield swiglu(dense.gate_up_proj(state.normed[some]))
 
 
-class Calibrated(Encoder):
+class Calibrated(WeightEncoder):
     """Rounding that makes up for its errors on a calibration text."""
 
     alone = True
@@ -189,7 +189,7 @@ class Calibrated(Encoder):
         spread = self._calibration.compensation(self._name, matrix * experts // self.form.matrices)
         weight = self.weight(matrix, first, last)
         found = quantize_compensated(weight, spread, self.form.bits, self.form.group_size)
-        return found, measure(weight, found)
+        return found, measure_noise(weight, found)
 
     def facts(self) -> dict[str, Any]:
         tokens = self._calibration.tokens[self._name]

@@ -2,7 +2,7 @@
 
 Three sources of codes: rounding (`ops.quantize.groupwise`), official GPTQ codes kept as they are, and rounding that
 makes up for its errors on a calibration text (`ops.quantize.compensate`). Not here: which weights, and where they go
-(`quantize.py`).
+(`quantize_weight.py`).
 """
 
 from abc import ABC, abstractmethod
@@ -24,9 +24,9 @@ from yuanmoe.ops.quantize.groupwise import (
     Method,
     PackedTensor,
     QuantizedTensor,
-    dequantize,
-    pack,
-    quantize,
+    dequantize_weight,
+    pack_weight,
+    quantize_weight,
 )
 from yuanmoe.ops.quantize.packed_format import PackedFormat
 
@@ -48,7 +48,7 @@ class Noise(NamedTuple):
         return Noise(self.signal + other.signal, self.noise + other.noise)
 
 
-class Encoder(ABC):
+class WeightEncoder(ABC):
     """How the rows of one weight become codes."""
 
     alone = False
@@ -78,7 +78,7 @@ class Encoder(ABC):
         return {}
 
 
-class Rounded(Encoder):
+class Rounded(WeightEncoder):
     """To the nearest code, with scales by `method`."""
 
     def __init__(self, tensor: LazyTensor, form: PackedFormat, method: Method) -> None:
@@ -87,22 +87,22 @@ class Rounded(Encoder):
 
     def encode(self, matrix: int, first: int, last: int) -> tuple[QuantizedTensor, Noise]:
         weight = self.weight(matrix, first, last)
-        found = quantize(weight, self.form.bits, self.form.group_size, self.method)
-        return found, measure(weight, found)
+        found = quantize_weight(weight, self.form.bits, self.form.group_size, self.method)
+        return found, measure_noise(weight, found)
 
 
-class Kept(Encoder):
+class Kept(WeightEncoder):
     """The codes of official GPTQ files: no bit is lost."""
 
     def encode(self, matrix: int, first: int, last: int) -> tuple[QuantizedTensor, Noise]:
         start, columns = matrix * self.form.rows, self.form.columns
         parts = []
         for part, low, high in _overlaps(self.tensor, (start + first) * columns, (start + last) * columns):
-            assert isinstance(part, gptq.PackedTensor), "`keeps` was asked first"
+            assert isinstance(part, gptq.GPTQTensor), "`keeps` was asked first"
             parts.append(part.signed(low // columns, high // columns))
         codes, scales = (torch.cat(same) for same in zip(*parts, strict=True))
         found = QuantizedTensor(codes=codes, scales=scales, bits=self.form.bits, group_size=self.form.group_size)
-        return found, Noise(_energy(dequantize(found)), 0.0)
+        return found, Noise(_energy(dequantize_weight(found)), 0.0)
 
     def facts(self) -> dict[str, Any]:
         return {"kept": True}
@@ -112,7 +112,7 @@ def keeps(tensor: LazyTensor, form: PackedFormat) -> bool:
     """Whether a weight is in codes already, of the same bits and groups and around zero, in whole rows."""
     parts = [part for part, _, _ in _overlaps(tensor, 0, tensor.numel)]
     return all(
-        isinstance(part, gptq.PackedTensor)
+        isinstance(part, gptq.GPTQTensor)
         and part.bits == form.bits
         and part.symmetric_group_size() == form.group_size
         and part.scales.dtype == torch.float16
@@ -133,9 +133,9 @@ def _overlaps(tensor: LazyTensor, start: int, stop: int) -> Iterator[tuple[LazyT
         base += last - first
 
 
-def measure(weight: Tensor, found: QuantizedTensor) -> Noise:
+def measure_noise(weight: Tensor, found: QuantizedTensor) -> Noise:
     """What `found` lost of `weight`."""
-    return Noise(_energy(weight), _energy(dequantize(found).sub_(weight)))
+    return Noise(_energy(weight), _energy(dequantize_weight(found).sub_(weight)))
 
 
 def _energy(values: Tensor) -> float:
@@ -146,7 +146,7 @@ def _energy(values: Tensor) -> float:
 class EncodedWeight:
     """The codes and scales of a weight, computed while they are written, and what was lost on the way."""
 
-    def __init__(self, name: str, encoder: Encoder, pool: Executor, ahead: int) -> None:
+    def __init__(self, name: str, encoder: WeightEncoder, pool: Executor, ahead: int) -> None:
         """`pool` encodes up to `ahead` pieces before they are written."""
         self._name, self._encoder, self._pool, self._ahead = name, encoder, pool, ahead
         self._scales: list[Tensor] = []
@@ -183,7 +183,7 @@ class EncodedWeight:
             found, noise = self._encoder.encode(*piece)
         except UsageError as error:
             raise UsageError(f"{self._name}: {error}") from error
-        return pack(found), noise
+        return pack_weight(found), noise
 
     def _take_scales(self) -> Iterator[Tensor]:
         if not self._scales:  # The codes are in an earlier shard, of an earlier run.

@@ -23,9 +23,9 @@ from yuanmoe.checkpoint.formats import gptq
 from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.formats.native_config import native_config
 from yuanmoe.checkpoint.formats.packed_weight import packed_formats, policy, quantization_record
-from yuanmoe.checkpoint.open import Source, open_checkpoint
+from yuanmoe.checkpoint.open import OpenCheckpoint, open_checkpoint
 from yuanmoe.checkpoint.quantize.calibration import Calibrated, Calibration
-from yuanmoe.checkpoint.quantize.encoding import EncodedWeight, Encoder, Kept, Rounded, keeps
+from yuanmoe.checkpoint.quantize.encoding import EncodedWeight, Kept, Rounded, WeightEncoder, keeps
 from yuanmoe.checkpoint.quantize.report import REPORT, read_report, report_of
 from yuanmoe.checkpoint.write.save import contents_of
 from yuanmoe.checkpoint.write.writer import WriteOptions, Written, write_checkpoint
@@ -42,10 +42,10 @@ SHARD_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class QuantizeJob:
     """A checkpoint and how it is to be quantized; of its weights nothing was read yet."""
 
-    source: Source
+    source: OpenCheckpoint
     precision: Precision
     method: Method
     calibration: Sequence[int]
@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
+class QuantizeResult:
     """What there is now, and what it lost."""
 
     written: Written | None
@@ -77,7 +77,7 @@ class Quantized:
     """The content of `quantization.json`, see `report.py`."""
 
 
-def quantize(
+def quantize_checkpoint(
     src: Path | str,
     dst: Path | str,
     *,
@@ -88,7 +88,7 @@ def quantize(
     calibration: Sequence[int] = (),
     ignore_unknown: bool = False,
     **options: Unpack[WriteOptions],
-) -> Quantized:
+) -> QuantizeResult:
     """Write the checkpoint in `src` to `dst` in `bits`: `prepare` and `run` in one call, which see."""
     check_apart(src, dst)
     job = prepare(
@@ -112,7 +112,7 @@ def prepare(
     method: Method = "mse",
     calibration: Sequence[int] = (),
     ignore_unknown: bool = False,
-) -> Job:
+) -> QuantizeJob:
     """Open a checkpoint of any format and settle the format of each weight.
 
     `bits` are 4 and `group_size` is 64, or those of a GPTQ source, unless given; `roles` have other bits than the
@@ -128,10 +128,10 @@ def prepare(
     formats = packed_formats(source.config, precision)
     if not formats:
         raise UsageError("every role stays as it is, so nothing would be quantized; yuanmoe convert does the rest")
-    return Job(source=source, precision=precision, method=method, calibration=calibration, formats=formats)
+    return QuantizeJob(source=source, precision=precision, method=method, calibration=calibration, formats=formats)
 
 
-def run(job: Job, dst: Path | str, **options: Unpack[WriteOptions]) -> Quantized:
+def run(job: QuantizeJob, dst: Path | str, **options: Unpack[WriteOptions]) -> QuantizeResult:
     """Write what was prepared to `dst`; again after an interruption, it goes on where it was, and keeps what is whole.
 
     Uses as many threads as torch. Raises what `writer.write_checkpoint` raises, and UsageError where `dst` holds the
@@ -143,7 +143,7 @@ def run(job: Job, dst: Path | str, **options: Unpack[WriteOptions]) -> Quantized
     report = None if options.get("overwrite") else read_report(Path(dst))
     if report is not None and report.get("fingerprint") == fingerprint:
         remove_leftovers(Path(dst))
-        return Quantized(written=None, report=report)
+        return QuantizeResult(written=None, report=report)
     context = Calibration(source, job.calibration) if job.method == "gptq" else None
     with _workers() as pool:
         encoders = {name: _encoder(job, name, form, context) for name, form in job.formats.items()}
@@ -162,7 +162,7 @@ def run(job: Job, dst: Path | str, **options: Unpack[WriteOptions]) -> Quantized
             extras=lambda facts: {REPORT: report_with(facts)},
         )
         written = write_checkpoint(dst, contents, **options)
-    return Quantized(written=written, report=report_with(written.facts))
+    return QuantizeResult(written=written, report=report_with(written.facts))
 
 
 def _check_method(method: Method, calibration: Sequence[int]) -> None:
@@ -176,15 +176,15 @@ def _check_method(method: Method, calibration: Sequence[int]) -> None:
         raise UsageError(f"{method} uses no calibration text; leave it out, or take --method gptq")
 
 
-def _bits(source: Source) -> int:
+def _bits(source: OpenCheckpoint) -> int:
     """Those of a GPTQ source, so that its codes can be kept; else 4."""
-    bits = (tensor.bits for tensor in source.stored.values() if isinstance(tensor, gptq.PackedTensor))
+    bits = (tensor.bits for tensor in source.stored.values() if isinstance(tensor, gptq.GPTQTensor))
     return next(bits, 4)
 
 
-def _group_size(source: Source) -> int:
+def _group_size(source: OpenCheckpoint) -> int:
     """What fits the codes of a GPTQ source, so that they can be kept; else 64."""
-    sizes = (t.symmetric_group_size() for t in source.stored.values() if isinstance(t, gptq.PackedTensor))
+    sizes = (t.symmetric_group_size() for t in source.stored.values() if isinstance(t, gptq.GPTQTensor))
     return next((size for size in sizes if size in (32, 64, 128)), 64)
 
 
@@ -200,7 +200,7 @@ def _workers() -> Iterator[Executor]:
         torch.set_num_threads(threads)  # Workers set what threads that are yet to come start with.
 
 
-def _encoder(job: Job, name: str, form: PackedFormat, context: Calibration | None) -> Encoder:
+def _encoder(job: QuantizeJob, name: str, form: PackedFormat, context: Calibration | None) -> WeightEncoder:
     tensor = job.source.tensors[name]
     if job.source.format == "gptq" and keeps(tensor, form):
         return Kept(tensor, form)
@@ -209,7 +209,7 @@ def _encoder(job: Job, name: str, form: PackedFormat, context: Calibration | Non
     return Rounded(tensor, form, "rtn" if job.method == "rtn" else "mse")
 
 
-def _tensors(source: Source, weights: Mapping[str, EncodedWeight]) -> dict[str, LazyTensor]:
+def _tensors(source: OpenCheckpoint, weights: Mapping[str, EncodedWeight]) -> dict[str, LazyTensor]:
     """Everything to write, in the order of the model."""
     tensors = {}
     for name in layout(source.config).native:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from yuanmoe.checkpoint.formats.packed_weight import WHOLE, role_of
-from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.open import OpenCheckpoint
 from yuanmoe.checkpoint.quantize.encoding import Noise
 from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.plan.cost import ROLES, Role
@@ -32,7 +32,7 @@ WORST = 10
 Facts = Mapping[str, Mapping[str, Any]]
 
 
-def sizes(source: Source, formats: Mapping[str, PackedFormat]) -> dict[Role, dict[str, int]]:
+def sizes(source: OpenCheckpoint, formats: Mapping[str, PackedFormat]) -> dict[Role, dict[str, int]]:
     """Parameters and bytes of each role before and after, and its bits (16: as they are)."""
     found: dict[Role, dict[str, int]] = {}
     for name, tensor in source.tensors.items():
@@ -46,7 +46,7 @@ def sizes(source: Source, formats: Mapping[str, PackedFormat]) -> dict[Role, dic
     return {role: found[role] for role in ROLES if role in found}
 
 
-def report_of(source: Source, formats: Mapping[str, PackedFormat], method: str, facts: Facts) -> dict[str, Any]:
+def report_of(source: OpenCheckpoint, formats: Mapping[str, PackedFormat], method: str, facts: Facts) -> dict[str, Any]:
     """The content of `quantization.json`, where facts of every quantized weight are there."""
     noise = {name: [Noise(*pair) for pair in fact["noise"]] for name, fact in facts.items()}
     by_role, by_size = _by(noise, role_of), sizes(source, formats)
@@ -54,14 +54,14 @@ def report_of(source: Source, formats: Mapping[str, PackedFormat], method: str, 
         "method": method,
         "group_size": next((form.group_size for form in formats.values()), None),
         "roles": {role: size | _loss(by_role.get(role)) for role, size in by_size.items()},
-        "total": total(by_size),
+        "total": total_sizes(by_size),
         "layers": list(_layers(noise)),
         "worst": _worst(noise, formats),
         "notes": list(_notes(source, formats, facts)),
     }
 
 
-def total(by_role: Mapping[Role, Mapping[str, int]]) -> dict[str, int]:
+def total_sizes(by_role: Mapping[Role, Mapping[str, int]]) -> dict[str, int]:
     """The sums of `sizes` over the roles."""
     return {key: sum(role[key] for role in by_role.values()) for key in ("parameters", "source_bytes", "bytes")}
 
@@ -113,7 +113,7 @@ def _part(lead: tuple[int, ...], index: int) -> str:
     return f"expert {index}" if lead else ""
 
 
-def _notes(source: Source, formats: Mapping[str, PackedFormat], facts: Facts) -> Iterator[str]:
+def _notes(source: OpenCheckpoint, formats: Mapping[str, PackedFormat], facts: Facts) -> Iterator[str]:
     """What a user should know of this source: padding, codes kept or not, weights that the text said little about."""
     exact = sum(form.matrices * form.rows * form.columns * form.bits // 8 for form in formats.values())
     padded = sum(math.prod(form.codes_shape) for form in formats.values())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from yuanmoe.checkpoint.files.lazy import LazyTensor
 from yuanmoe.checkpoint.formats.mapping import EMBEDDING
-from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.open import OpenCheckpoint
 from yuanmoe.model.decoder import DecoderLayer, rotary_of
 from yuanmoe.model.experts import MixtureOfExperts
 from yuanmoe.model.router import Routing
@@ -25,7 +25,7 @@ TOKENS_AT_ONCE = 4096
 class StreamedExperts(nn.Module):
     """The experts of a layer, read from the checkpoint one after the other."""
 
-    def __init__(self, gate_up: LazyTensor, down: LazyTensor, source: Source) -> None:
+    def __init__(self, gate_up: LazyTensor, down: LazyTensor, source: OpenCheckpoint) -> None:
         super().__init__()
         self._gate_up, self._down, self._source = gate_up, down, source
 
@@ -49,7 +49,7 @@ class StreamedExperts(nn.Module):
             yield swiglu(x[some] @ gate_up.T)
 
 
-def open_layer(source: Source, index: int) -> DecoderLayer:
+def open_layer(source: OpenCheckpoint, index: int) -> DecoderLayer:
     """A layer of a checkpoint; everything but its routed experts is in memory."""
     prefix = f"model.layers.{index}."
     with torch.device("meta"):
@@ -64,12 +64,12 @@ def open_layer(source: Source, index: int) -> DecoderLayer:
     return layer.eval()
 
 
-def embed(source: Source, ids: Sequence[int]) -> Tensor:
+def embed(source: OpenCheckpoint, ids: Sequence[int]) -> Tensor:
     """The embeddings of a text, [N, D]."""
     return source.tensors[EMBEDDING].read()[torch.tensor(ids)].float()
 
 
-def attend(layer: DecoderLayer, source: Source, x: Tensor, lengths: Sequence[int]) -> Tensor:
+def attend_windows(layer: DecoderLayer, source: OpenCheckpoint, x: Tensor, lengths: Sequence[int]) -> Tensor:
     """The first half of a layer on windows of a text, each of which sees itself alone."""
     parts = []
     for part in x.split(list(lengths)):

@@ -17,7 +17,7 @@ from yuanmoe.storage.folder import check_apart
 Target = Literal["native", "official"]
 
 
-def convert(
+def convert_checkpoint(
     src: Path | str,
     dst: Path | str,
     *,

@@ -15,11 +15,11 @@ from yuanmoe.checkpoint.files.lazy import LazyTensor, TensorView, cast, main_dty
 from yuanmoe.checkpoint.formats.mapping import EMBEDDING, HEAD, check_tensors, layout, to_official
 from yuanmoe.checkpoint.formats.native_config import Origin, native_config
 from yuanmoe.checkpoint.formats.official_config import official_config
-from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.open import OpenCheckpoint
 from yuanmoe.checkpoint.write.writer import Contents, Extras, Facts, WriteOptions, Written, nothing, write_checkpoint
 from yuanmoe.config import ModelConfig
 
-Weights = Source | Mapping[str, Tensor]
+Weights = OpenCheckpoint | Mapping[str, Tensor]
 """An open checkpoint, or a model's `state_dict()`."""
 
 COMPANIONS = (
@@ -77,7 +77,7 @@ def save_official(
 
 def _native(weights: Weights, config: ModelConfig, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """The weights under our names, in the order of the model, in `dtype`."""
-    if isinstance(weights, Source):
+    if isinstance(weights, OpenCheckpoint):
         tensors, place = weights.tensors, str(weights.path)
     else:
         tensors, place = {name: TensorView.of(tensor) for name, tensor in weights.items()}, "the state to save"
@@ -87,7 +87,7 @@ def _native(weights: Weights, config: ModelConfig, dtype: torch.dtype | None) ->
 
 
 def _origin(weights: Weights, origin: Origin | None) -> Origin:
-    return origin or (weights.origin if isinstance(weights, Source) else Origin())
+    return origin or (weights.origin if isinstance(weights, OpenCheckpoint) else Origin())
 
 
 def contents_of(
@@ -99,7 +99,7 @@ def contents_of(
     extras: Extras = nothing,
 ) -> Contents:
     """A directory of `tensors` that come from `weights`, under config.json `described`."""
-    source = weights if isinstance(weights, Source) else None
+    source = weights if isinstance(weights, OpenCheckpoint) else None
     folder = companions or (source.path if source else None)
     copies = [folder / name for name in COMPANIONS if (folder / name).is_file()] if folder else []
     if source is None:

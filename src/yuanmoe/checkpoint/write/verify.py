@@ -26,7 +26,7 @@ class Verified:
     hashed_bytes: int
 
 
-def verify(
+def verify_checkpoint(
     path: Path | str, *, ignore_unknown: bool = False, progress: Callable[[int, int], None] = silent
 ) -> Verified:
     """Check a checkpoint; `progress` hears bytes done and in all.

@@ -13,9 +13,9 @@ from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from yuanmoe.bench.decode import Load
+    from yuanmoe.bench.decode import DecodeSettings
     from yuanmoe.config import ModelConfig
-    from yuanmoe.model.decoder import YuanForCausalLM
+    from yuanmoe.model.decoder import CausalLM
     from yuanmoe.plan.cost import Precision
 
 bench = typer.Typer(
@@ -103,13 +103,13 @@ def decode(
     """
     import torch
 
-    from yuanmoe.bench.decode import Load, beside_torch, measure_decode
+    from yuanmoe.bench.decode import DecodeSettings, beside_torch, measure_decode
     from yuanmoe.checkpoint.formats.packed_weight import quantization_record
     from yuanmoe.ops import native
     from yuanmoe.plan.device.machine import read_machine
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    load = Load(
+    load = DecodeSettings(
         contexts=_numbers("--contexts", contexts),
         batches=_numbers("--batch", batch),
         prompts=_numbers("--prompts", prompts),
@@ -154,7 +154,7 @@ class _Subject:
 
     config: "ModelConfig"
     precision: "Precision"
-    build: "Callable[[], YuanForCausalLM]"
+    build: "Callable[[], CausalLM]"
 
 
 def _checkpoint(path: Path) -> _Subject:
@@ -167,15 +167,15 @@ def _checkpoint(path: Path) -> _Subject:
     return _Subject(config=source.config, precision=source.precision, build=lambda: load_model(path))
 
 
-def _synthetic(name: str, bits: int, layers: int | None, load: "Load") -> _Subject:
-    from yuanmoe.bench.decode import check_load
+def _synthetic(name: str, bits: int, layers: int | None, load: "DecodeSettings") -> _Subject:
+    from yuanmoe.bench.decode import check_decode_settings
     from yuanmoe.bench.synthetic import synthetic_model
     from yuanmoe.checkpoint.formats.packed_weight import policy
     from yuanmoe.config import preset as named
 
     config = named(name) if layers is None else named(name, num_hidden_layers=layers)
     precision = policy(config, bits)
-    check_load(name, config, precision, load)
+    check_decode_settings(name, config, precision, load)
     return _Subject(config=config, precision=precision, build=lambda: synthetic_model(config, precision))
 
 

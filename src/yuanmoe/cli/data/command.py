@@ -58,7 +58,7 @@ def pack(
     """
     from yuanmoe.data.prepare.formats import FormatOptions
     from yuanmoe.data.prepare.pack import PackOptions
-    from yuanmoe.data.prepare.pack import pack as pack_files
+    from yuanmoe.data.prepare.pack import pack_dataset as pack_files
     from yuanmoe.text.tokenizer import load_tokenizer
 
     if len(paths) < 2:
@@ -108,11 +108,11 @@ def info(path: Dataset) -> None:
     print_result(facts | settings)
 
 
-@data.command()
-def verify(path: Dataset, tokenizer: TokenizerPath = None) -> None:
+@data.command("verify")
+def verify_tokens(path: Dataset, tokenizer: TokenizerPath = None) -> None:
     """Read all of a dataset: checksums, and whether every id is in the vocabulary."""
     from yuanmoe.data.sets.datasets import open_documents
-    from yuanmoe.data.sets.verify import verify as verify_documents
+    from yuanmoe.data.sets.verify import verify_dataset as verify_documents
     from yuanmoe.text.tokenizer import load_tokenizer
 
     tokens = open_documents(path)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from yuanmoe.cli.demo.stages import Work, works
 from yuanmoe.cli.terminal.output import people, print_result
-from yuanmoe.cli.demo.done import Stage, Stages
+from yuanmoe.cli.demo.done import Stage, FinishedStages
 from yuanmoe.plan import cost
 from yuanmoe.shipped import SMALL
 from yuanmoe.train.recipe.recipes import CODE_PROMPTS, nano
@@ -44,7 +44,7 @@ def demo(
     console = people()
     shipped = _complete(SMALL, console)
     console.print("\n[bold]Now another one, from the Python on this machine to code completion[/]\n")
-    stages = Stages(out, fresh=fresh)
+    stages = FinishedStages(out, fresh=fresh)
     done = {work.name: _run(stages, work, out, console) for work in works(out, recipe, max_bytes, console)}
     completions = _complete(out / "model", console)
     _say_next(console, out)
@@ -56,7 +56,7 @@ def demo(
 def _complete(model: str | Path, console: Console) -> list[dict[str, Any]]:
     """What a model makes of the prompts, shown with its experts; and the same for programs."""
     with console.status("completing code"):
-        from yuanmoe.cli.generate.showcase import as_json, show_completions
+        from yuanmoe.cli.generate.showcase import completions_json, show_completions
         from yuanmoe.lm import load
 
         start = time.monotonic()
@@ -66,10 +66,10 @@ def _complete(model: str | Path, console: Console) -> list[dict[str, Any]]:
     total = format_count(sum(cost.parameters(lm.config).values()))
     console.print(f"[bold]{model}[/]: {total} parameters, loaded and asked in {seconds:.1f} s", soft_wrap=True)
     show_completions(console, lm, CODE_PROMPTS, completions)
-    return as_json(lm, CODE_PROMPTS, completions)
+    return completions_json(lm, CODE_PROMPTS, completions)
 
 
-def _run(stages: Stages, work: Work, out: Path, console: Console) -> Stage:
+def _run(stages: FinishedStages, work: Work, out: Path, console: Console) -> Stage:
     """One stage, and a line about it when it is done."""
     start = time.monotonic()
     with console.status(work.doing) if work.doing else nullcontext():

@@ -27,7 +27,7 @@ class Stage:
     """Whether an earlier run did it."""
 
 
-class Stages:
+class FinishedStages:
     """The stages of one folder, one after another."""
 
     def __init__(self, folder: Path, *, fresh: bool = False) -> None:

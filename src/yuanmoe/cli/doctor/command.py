@@ -24,7 +24,7 @@ from yuanmoe.config import PRESETS, ModelConfig, preset
 from yuanmoe.plan.cost import PRECISIONS, Precision, weight_bytes
 from yuanmoe.plan.device.devices import Device
 from yuanmoe.plan.device.machine import Machine, as_device, measure_bandwidth, measure_matmul, read_machine
-from yuanmoe.plan.device.planner import decode, fits, load_of, memory
+from yuanmoe.plan.device.planner import decode_speed, fits, memory, workload_of
 from yuanmoe.units import format_count, format_size
 
 REQUIRED = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "typer", "rich")
@@ -63,7 +63,7 @@ def doctor(
     here = [as_device(machine, bandwidth, matmul)] if machine.memory_bytes else []
     models = [(name, preset(name), None) for name in PRESETS] + ([read_model(model)] if model else [])
     report["models"] = [runnable(*each, device) for device in (*here, *gpus) for each in models]
-    findings = [*missing(report), *slow(machine, report)]
+    findings = [*missing_parts(report), *slow(machine, report)]
     report["findings"] = [dataclasses.asdict(finding) for finding in findings]
     if not json_only:
         _show(report, people())
@@ -100,8 +100,8 @@ def installed(package: str) -> str | None:
 def runnable(name: str, config: ModelConfig, stored: Precision | None, device: Device) -> dict[str, Any]:
     """A model on a device, as it is stored or with the most bits that fit, and one sequence of the full context."""
     context = config.max_position_embeddings
-    load = load_of(config, stored, device, context=context)
-    speed = decode(load, device, context=0)
+    load = workload_of(config, stored, device, context=context)
+    speed = decode_speed(load, device, context=0)
     return {
         "model": name,
         "device": device.name,
@@ -117,7 +117,7 @@ def runnable(name: str, config: ModelConfig, stored: Precision | None, device: D
 # --- findings ---------------------------------------------------------------------------------------------------------
 
 
-def missing(report: dict[str, Any]) -> Iterator[Finding]:
+def missing_parts(report: dict[str, Any]) -> Iterator[Finding]:
     """What is not installed, or installed and unusable."""
     for name in REQUIRED:
         if report["packages"][name] is None:

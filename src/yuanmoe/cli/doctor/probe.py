@@ -11,7 +11,7 @@ from yuanmoe.ops import native
 from yuanmoe.ops.products.linear import linear
 from yuanmoe.ops.products.wide import has_bfloat16_matmul
 from yuanmoe.plan.device.devices import Device
-from yuanmoe.plan.device.machine import Rate, measure
+from yuanmoe.plan.device.machine import Rate, measure_rate
 from yuanmoe.units import GIB
 
 
@@ -81,7 +81,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, size: int, rounds: 
         linear(square, square)
         _wait(device)
 
-    return measure(multiply, work=2 * size**3, rounds=rounds)
+    return measure_rate(multiply, work=2 * size**3, rounds=rounds)
 
 
 def read_rate(device: torch.device, *, size_bytes: int = GIB, rounds: int = 5) -> Rate:
@@ -92,7 +92,7 @@ def read_rate(device: torch.device, *, size_bytes: int = GIB, rounds: int = 5) -
         numbers.sum()
         _wait(device)
 
-    return measure(read, work=4 * numbers.numel(), rounds=rounds)
+    return measure_rate(read, work=4 * numbers.numel(), rounds=rounds)
 
 
 def _wait(device: torch.device) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from yuanmoe.cli.generate.answer import bandwidth_bound, bound_note, emit, speak, statistics, write
 from yuanmoe.cli.generate.conversation import Conversation
-from yuanmoe.cli.generate.experts import as_json, chosen_layer, coloured_writer, show_loads
+from yuanmoe.cli.generate.experts import chosen_layer, coloured_writer, routings_json, show_loads
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 from yuanmoe.shipped import CARD, SMALL, model_folder, small_folder
@@ -275,5 +275,5 @@ def _result(model: Path, lm: "LanguageModel", completion: "Completion", show_exp
         "decode_tokens_per_s": timing.decode_tokens_per_s,
     }
     if show_experts:
-        result["experts"] = as_json([routing for routing in completion.routings if routing], lm.config)
+        result["experts"] = routings_json([routing for routing in completion.routings if routing], lm.config)
     return result

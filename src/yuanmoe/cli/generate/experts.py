@@ -106,7 +106,7 @@ def _share(expert: int, share: float, with_colour: bool) -> str:
     return f"{name} {share:.0%}"
 
 
-def as_json(routings: Sequence["TokenRouting"], config: ModelConfig) -> dict[str, Any]:
+def routings_json(routings: Sequence["TokenRouting"], config: ModelConfig) -> dict[str, Any]:
     """Layers [L], and of each token its experts [T, L, K] and their weights, rounded."""
     return {
         "layers": expert_layers(config),

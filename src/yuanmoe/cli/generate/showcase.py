@@ -58,7 +58,9 @@ def expert_loads(lm: LanguageModel, completions: Sequence[Completion]) -> list[C
     return loads(routings, len(expert_layers(lm.config)))
 
 
-def as_json(lm: LanguageModel, prompts: Sequence[str], completions: Sequence[Completion]) -> list[dict[str, Any]]:
+def completions_json(
+    lm: LanguageModel, prompts: Sequence[str], completions: Sequence[Completion]
+) -> list[dict[str, Any]]:
     """The same for programs; `tokens_by_expert` has one object a layer."""
     return [
         {

@@ -143,7 +143,7 @@ def _try_settings(lm: "LanguageModel", ids: list[int], context: int) -> dict[str
 
 def _follow_tokens(lm: "LanguageModel", ids: list[int], context: int) -> dict[str, Any]:
     from yuanmoe.evals.reading import losses, progress
-    from yuanmoe.evals.routing import favourites, matrices, recorded, summary
+    from yuanmoe.evals.routing import expert_matrices, favourites, layer_summary, recorded
 
     with (
         tokens_progress("reading", len(ids) - 1) as advance,
@@ -154,7 +154,8 @@ def _follow_tokens(lm: "LanguageModel", ids: list[int], context: int) -> dict[st
     _check_finite(nats, "this model")
     size = sum(len(lm.tokenizer.surface(token, before)) for before, token in pairwise(ids))
     layers = [
-        summary(record) | {"favourites": _spelled(favourites(record), lm.tokenizer), "matrices": matrices(record)}
+        layer_summary(record)
+        | {"favourites": _spelled(favourites(record), lm.tokenizer), "matrices": expert_matrices(record)}
         for record in records
     ]
     bits_per_byte = nats.double().sum().item() / math.log(2) / max(size, 1)

@@ -14,9 +14,17 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.cluster import Cluster, wires_of
-from yuanmoe.plan.cluster.layout import Training, read_stages
-from yuanmoe.plan.cluster.relief import remedies
-from yuanmoe.plan.cluster.search import Plan, Request, equation_4_s, model_flops, model_flops_utilization, nearest, rank
+from yuanmoe.plan.cluster.layout import TrainingStep, read_stages
+from yuanmoe.plan.cluster.relief import cluster_remedies
+from yuanmoe.plan.cluster.search import (
+    ClusterRequest,
+    Plan,
+    equation_4_s,
+    model_flops,
+    model_flops_utilization,
+    nearest,
+    rank,
+)
 from yuanmoe.plan.device.devices import Device
 from yuanmoe.units import GIB, format_count, format_size, parse_rate
 
@@ -44,7 +52,7 @@ class Wishes:
     efficiency: float
 
 
-def request_of(config: ModelConfig, device: Device, devices_per_node: int, wishes: Wishes) -> Request:
+def request_of(config: ModelConfig, device: Device, devices_per_node: int, wishes: Wishes) -> ClusterRequest:
     """What is asked of the planner. Raises UsageError for numbers that make no sense."""
     wires = wires_of(device)
     if wishes.link:
@@ -61,15 +69,15 @@ def request_of(config: ModelConfig, device: Device, devices_per_node: int, wishe
     length = config.max_position_embeddings if wishes.seq is None else wishes.seq
     default_batch = cluster.size * math.ceil(TOKENS_PER_STEP / max(1, length) / cluster.size)
     batch = default_batch if wishes.global_batch is None else wishes.global_batch
-    return Request(
-        training=Training(config=config, sequence_length=length, global_batch=batch),
+    return ClusterRequest(
+        training=TrainingStep(config=config, sequence_length=length, global_batch=batch),
         cluster=cluster,
         words=tuple(wishes.layout.lower().split()),
         stages=None if wishes.stages is None else read_stages(wishes.stages),
     )
 
 
-def cluster_report(name: str, request: Request, tokens: float | None) -> dict[str, Any]:
+def cluster_report(name: str, request: ClusterRequest, tokens: float | None) -> dict[str, Any]:
     """Everything `yuanmoe plan --cluster` says, as JSON values; `tokens` is the budget of the whole training."""
     if tokens is not None and not 0 < tokens < math.inf:
         raise UsageError(f"tokens is {tokens}; it must be a number above 0")
@@ -89,14 +97,14 @@ def cluster_report(name: str, request: Request, tokens: float | None) -> dict[st
         "fits": bool(plans),
         "plan": _plan(request, best),
         "runners_up": [_plan(request, plan) for plan in plans[1 : RUNNERS_UP + 1]],
-        "remedies": [] if plans else remedies(request, best),
+        "remedies": [] if plans else cluster_remedies(request, best),
         "equation_4_s": equation_4_s(request, best.layout),
         "longest_context": training.config.max_position_embeddings,
         "budget": None if tokens is None else _budget(request, best, tokens),
     }
 
 
-def _plan(request: Request, plan: Plan) -> dict[str, Any]:
+def _plan(request: ClusterRequest, plan: Plan) -> dict[str, Any]:
     step_s = plan.time.total
     return {
         "layout": " ".join(plan.layout.words),
@@ -111,7 +119,7 @@ def _plan(request: Request, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _budget(request: Request, plan: Plan, tokens: float) -> dict[str, float]:
+def _budget(request: ClusterRequest, plan: Plan, tokens: float) -> dict[str, float]:
     seconds = tokens / request.training.tokens * plan.time.total
     return {
         "tokens": tokens,

@@ -17,7 +17,7 @@ from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.cluster import parse_cluster
 from yuanmoe.plan.device.devices import Device, find_device
 from yuanmoe.plan.device.machine import as_device, measure_bandwidth, measure_matmul, read_machine
-from yuanmoe.plan.device.planner import load_of
+from yuanmoe.plan.device.planner import workload_of
 from yuanmoe.units import parse_size
 
 RUNNING = ("bits", "context", "batch", "kv_dtype", "device")
@@ -78,7 +78,7 @@ def plan(
         target = _device(device, ram)
         context = config.max_position_embeddings if context is None else context
         kv_bits = 8 if kv_dtype == "int8" else 16
-        load = load_of(config, stored, target, context=context, batch=batch, kv_bits=kv_bits)
+        load = workload_of(config, stored, target, context=context, batch=batch, kv_bits=kv_bits)
         report, show = device_report(name, load if bits is None else load.with_bits(bits), target), show_device
     if not json_only:
         show(report, people())

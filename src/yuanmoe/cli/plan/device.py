@@ -12,17 +12,27 @@ from yuanmoe.cli.terminal.output import print_table
 from yuanmoe.config import ModelConfig
 from yuanmoe.plan import cost
 from yuanmoe.plan.device.devices import Device
-from yuanmoe.plan.device.planner import EXPECTED_SHARE, LAYER_S, Load, Speed, decode, fits, memory, prefill, remedies
+from yuanmoe.plan.device.planner import (
+    EXPECTED_SHARE,
+    LAYER_S,
+    Speed,
+    Workload,
+    decode_speed,
+    device_remedies,
+    fits,
+    memory,
+    prefill_speed,
+)
 from yuanmoe.units import format_count, format_size
 
 BATCHES = (1, 4, 16)
 """Numbers of sequences side by side that are always shown."""
 
 
-def device_report(name: str, load: Load, device: Device) -> dict[str, Any]:
+def device_report(name: str, load: Workload, device: Device) -> dict[str, Any]:
     """Everything `yuanmoe plan` says, as JSON values."""
     config, needed = load.config, memory(load)
-    reading = prefill(load, device)
+    reading = prefill_speed(load, device)
     return {
         "command": "plan",
         "model": name,
@@ -42,7 +52,7 @@ def device_report(name: str, load: Load, device: Device) -> dict[str, Any]:
         "lfa_bytes_per_sequence": cost.lfa_bytes(config),
         "memory": dataclasses.asdict(needed) | {"total": needed.total},
         "fits": fits(load, device),
-        "remedies": [dataclasses.asdict(remedy) for remedy in remedies(load, device)],
+        "remedies": [dataclasses.asdict(remedy) for remedy in device_remedies(load, device)],
         "decode": [_batch(load, size, device) for size in sorted({*BATCHES, load.batch})],
         "prefill": None if reading is None else _speed(reading),
         "article": _article(name, config),
@@ -53,7 +63,7 @@ def _with_total(by_role: dict[cost.Role, int]) -> dict[str, int]:
     return {role: count for role, count in by_role.items() if count} | {"total": sum(by_role.values())}
 
 
-def _batch(load: Load, size: int, device: Device) -> dict[str, Any]:
+def _batch(load: Workload, size: int, device: Device) -> dict[str, Any]:
     batch = dataclasses.replace(load, batch=size)
     most_experts = max(load.config.experts_per_layer)
     chosen = load.config.num_experts_per_tok
@@ -62,8 +72,8 @@ def _batch(load: Load, size: int, device: Device) -> dict[str, Any]:
         "experts_read_per_layer": cost.expected_experts(most_experts, chosen, size) if most_experts else 0,
         "memory_bytes": memory(batch).total,
         "fits": fits(batch, device),
-        "first_token": _speed(decode(batch, device, context=0)),
-        "full_context": _speed(decode(batch, device)),
+        "first_token": _speed(decode_speed(batch, device, context=0)),
+        "full_context": _speed(decode_speed(batch, device)),
     }
 
 

@@ -21,7 +21,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from yuanmoe.checkpoint.quantize.quantize import Job, Quantized
+    from yuanmoe.checkpoint.quantize.quantize import QuantizeJob, QuantizeResult
 
 CALIBRATION_TOKENS = 32_768
 """By default: 2,048 for each of M32's experts, and 0.8 GiB of activations."""
@@ -113,7 +113,7 @@ def _tokens(src: Path, file: Path | None, limit: int) -> list[int]:
     return read_tokens(file, load_tokenizer(src), limit)
 
 
-def _prepare(src: Path, dst: Path, **settings: Any) -> "Job":
+def _prepare(src: Path, dst: Path, **settings: Any) -> "QuantizeJob":
     """What is wrong is said before anything is spent."""
     from yuanmoe.checkpoint.quantize.quantize import prepare
     from yuanmoe.storage.folder import check_apart
@@ -123,7 +123,7 @@ def _prepare(src: Path, dst: Path, **settings: Any) -> "Job":
         return prepare(src, **settings)
 
 
-def _write(console: Console, job: "Job", dst: Path, **options: Any) -> "Quantized":
+def _write(console: Console, job: "QuantizeJob", dst: Path, **options: Any) -> "QuantizeResult":
     from yuanmoe.checkpoint.quantize.quantize import run
 
     try:
@@ -141,7 +141,9 @@ def _write(console: Console, job: "Job", dst: Path, **options: Any) -> "Quantize
     return done
 
 
-def _evaluate(console: Console, job: "Job", dst: Path, file: Path, ids: Sequence[int], report: dict[str, Any]) -> None:
+def _evaluate(
+    console: Console, job: "QuantizeJob", dst: Path, file: Path, ids: Sequence[int], report: dict[str, Any]
+) -> None:
     """Compare both models on a text, show it, and add it to the report beside the weights."""
     from yuanmoe.checkpoint.quantize.report import REPORT
     from yuanmoe.evals.quality import quality
@@ -158,7 +160,7 @@ def _evaluate(console: Console, job: "Job", dst: Path, file: Path, ids: Sequence
     show_quality(console, report["quality"])
 
 
-def _result(dst: Path, done: "Quantized") -> dict[str, Any]:
+def _result(dst: Path, done: "QuantizeResult") -> dict[str, Any]:
     written = done.written
     return {
         "command": "quantize",

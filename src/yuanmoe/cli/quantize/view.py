@@ -12,22 +12,22 @@ from rich.markup import escape
 from yuanmoe.cli.terminal.output import print_table
 from yuanmoe.plan.cost import ROLES
 from yuanmoe.plan.device.machine import read_machine
-from yuanmoe.plan.device.planner import Load, memory
+from yuanmoe.plan.device.planner import Workload, memory
 from yuanmoe.units import format_size
 
 if TYPE_CHECKING:
-    from yuanmoe.checkpoint.quantize.quantize import Job
+    from yuanmoe.checkpoint.quantize.quantize import QuantizeJob
 
 CONTEXT = 2048
 """Tokens of the context for which it is said whether the result fits into memory."""
 
 
-def show_plan(console: Console, job: "Job", dst: Path, eval_ids: Sequence[int]) -> None:
+def show_plan(console: Console, job: "QuantizeJob", dst: Path, eval_ids: Sequence[int]) -> None:
     """Bytes by role, and whether disk and memory suffice."""
-    from yuanmoe.checkpoint.quantize.report import sizes, total
+    from yuanmoe.checkpoint.quantize.report import sizes, total_sizes
 
     source, by_role = job.source, sizes(job.source, job.formats)
-    whole = total(by_role)
+    whole = total_sizes(by_role)
     title = f"{escape(source.path.name)} ({source.format}) by {job.method}, groups of {job.precision.group_size}"
     rows = [
         [name.replace("_", " "), _bits(size), f"{size['parameters']:,}", *_sizes(size)]
@@ -58,11 +58,11 @@ def _disk_line(dst: Path, nbytes: int) -> str:
     return f"disk: {format_size(nbytes)} to write{begun}; {format_size(shutil.disk_usage(folder).free)} are free"
 
 
-def _memory_line(job: "Job", nbytes: int) -> str:
+def _memory_line(job: "QuantizeJob", nbytes: int) -> str:
     """Memory that running the result takes, beside what this machine has."""
     config = job.source.config
     context = min(CONTEXT, config.max_position_embeddings)
-    load = Load(config=config, bits=min(form.bits for form in job.formats.values()), context=context)
+    load = Workload(config=config, bits=min(form.bits for form in job.formats.values()), context=context)
     needed = replace(memory(load), weights=nbytes).total
     line = f"memory to run it: {format_size(needed)} with {context:,} tokens of context"
     here = read_machine().memory_bytes

@@ -13,7 +13,7 @@ from rich.table import Table
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.lora.targets import LoraSettings, Shape, num_parameters, role_of, targets
+from yuanmoe.model.lora.targets import LoraSettings, Shape, lora_role_of, num_parameters, targets
 from yuanmoe.plan import cost
 from yuanmoe.units import format_count, format_size
 
@@ -56,7 +56,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the base with the adapter in its weights. Interrupted, it goes on where it was when called again."""
-    from yuanmoe.checkpoint.adapters.merge import merge as merge_adapter
+    from yuanmoe.checkpoint.adapters.merge import merge_adapter
 
     console = people()
     with bytes_progress(f"{model.name} + {source.name} -> {dst.name}") as progress:
@@ -68,7 +68,7 @@ def merge(
 
 
 @adapter.command("export-peft")
-def export_peft(source: Source, dst: Target, overwrite: Overwrite = False) -> None:
+def write_peft(source: Source, dst: Target, overwrite: Overwrite = False) -> None:
     """Write it in PEFT's format, for PEFT over `yuanmoe.hf`; experts and routers become target_parameters."""
     from yuanmoe.checkpoint.adapters.adapter import open_adapter
     from yuanmoe.checkpoint.adapters.peft import export_peft as export
@@ -80,17 +80,17 @@ def export_peft(source: Source, dst: Target, overwrite: Overwrite = False) -> No
 
 def num_adapted(config: ModelConfig, settings: LoraSettings) -> int:
     """What learns in a model of that configuration."""
-    from yuanmoe.checkpoint.adapters.adapter import matrices
+    from yuanmoe.checkpoint.adapters.adapter import adaptable_matrices
 
-    shapes = targets(matrices(config), settings)
+    shapes = targets(adaptable_matrices(config), settings)
     return sum(num_parameters(shape, settings.rank) for shape in shapes.values())
 
 
 def print_adapted(console: Console, config: ModelConfig, settings: LoraSettings) -> None:
     """What is attached to a model, and what share of it learns."""
-    from yuanmoe.checkpoint.adapters.adapter import matrices
+    from yuanmoe.checkpoint.adapters.adapter import adaptable_matrices
 
-    _print_table(console, targets(matrices(config), settings), settings)
+    _print_table(console, targets(adaptable_matrices(config), settings), settings)
     learned, whole = num_adapted(config, settings), sum(cost.parameters(config).values())
     console.print(f"  {learned:,} parameters learn beside {format_count(whole)} frozen ones: {learned / whole:.2%}\n")
 
@@ -101,7 +101,7 @@ def _print_table(console: Console, shapes: dict[str, Shape], settings: LoraSetti
     for name in ("role", "matrices", "parameters"):
         table.add_column(name, justify="left" if name == "role" else "right")
     for role in settings.roles:
-        members = [shape for name, shape in shapes.items() if role_of(name) == role]
+        members = [shape for name, shape in shapes.items() if lora_role_of(name) == role]
         matrices = sum(shape[0] if len(shape) == 3 else 1 for shape in members)
         parameters = sum(num_parameters(shape, settings.rank) for shape in members)
         table.add_row(role, f"{matrices:,}", f"{parameters:,}")

@@ -27,8 +27,8 @@ from yuanmoe.units import format_count, format_size
 if TYPE_CHECKING:
     import torch
 
-    from yuanmoe.checkpoint.open import Source
-    from yuanmoe.cli.train.job import Job
+    from yuanmoe.checkpoint.open import OpenCheckpoint
+    from yuanmoe.cli.train.job import TrainingJob
     from yuanmoe.train.parallel.ranks import Ranks
     from yuanmoe.train.start.data import TrainingData
 
@@ -135,7 +135,7 @@ class _Place:
     accept_changes: bool
 
 
-def _open(init: Path | None) -> "Source | None":
+def _open(init: Path | None) -> "OpenCheckpoint | None":
     if init is None:
         return None
     from yuanmoe.checkpoint.open import open_checkpoint
@@ -143,7 +143,7 @@ def _open(init: Path | None) -> "Source | None":
     return open_checkpoint(init)
 
 
-def _resolve(recipe: Recipe, weights: "Source | None", context: int | None, settings: list[str]) -> Recipe:
+def _resolve(recipe: Recipe, weights: "OpenCheckpoint | None", context: int | None, settings: list[str]) -> Recipe:
     """The recipe as it will run: on the sizes of given weights, for longer windows, with single settings last."""
     if weights is not None:
         from yuanmoe.train.start.model import on_weights
@@ -158,7 +158,7 @@ def _train(
     place: _Place,
     recipe: Recipe,
     layout: Layout,
-    weights: "Source | None",
+    weights: "OpenCheckpoint | None",
     texts: _Texts,
     device: str | None,
     threads: int,
@@ -186,17 +186,17 @@ def _train(
 def _job(
     place: _Place,
     recipe: Recipe,
-    weights: "Source | None",
+    weights: "OpenCheckpoint | None",
     opened: "TrainingData",
     checkpoint: Path | None,
     device: "torch.device",
     ranks: "Ranks",
     console: Console,
-) -> "Job":
+) -> "TrainingJob":
     """The run, with the model that it begins or goes on with."""
     from yuanmoe.checkpoint.formats.native_config import Origin
     from yuanmoe.cli.train.adapter import print_adapted
-    from yuanmoe.cli.train.job import Job
+    from yuanmoe.cli.train.job import TrainingJob
     from yuanmoe.train.parallel.shard import sharded
     from yuanmoe.train.start.adapt import adapted_model
     from yuanmoe.train.start.model import loaded_model, new_model
@@ -212,7 +212,7 @@ def _job(
             model, origin = loaded_model(computed, source, device), source.origin
     if recipe.lora:
         print_adapted(console, recipe.model, recipe.lora)
-    return Job(
+    return TrainingJob(
         model=sharded(model, ranks),
         recipe=computed,
         data=opened,
@@ -274,7 +274,7 @@ def _check_changes(place: _Place, changed: dict[str, tuple[Any, Any]], console: 
         console.print(f"changed: {said}", soft_wrap=True, markup=False)
 
 
-def _check_memory(recipe: Recipe, weights: "Source | None", device: str, ranks: "Ranks") -> None:
+def _check_memory(recipe: Recipe, weights: "OpenCheckpoint | None", device: str, ranks: "Ranks") -> None:
     """Raises ResourceError where not even the parameters and what belongs to them fit.
 
     Every rank begins with the whole model, and then gives up what others hold.

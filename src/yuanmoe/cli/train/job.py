@@ -20,7 +20,7 @@ from yuanmoe.cli.terminal.interrupt import Interrupt
 from yuanmoe.cli.train.view import TrainingView
 from yuanmoe.errors import TrainingError
 from yuanmoe.lm import LanguageModel
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.reports.training_page import write_run_page
 from yuanmoe.storage.run_folder import RunFolder
 from yuanmoe.text.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ from yuanmoe.train.start.data import TrainingData
 from yuanmoe.train.state.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, snapshot
 from yuanmoe.train.state.stored import Stored
 from yuanmoe.train.steps.loop import Progress, Training
-from yuanmoe.train.steps.meter import Reading, bits_per_byte, flops_per_token, metrics, read
+from yuanmoe.train.steps.meter import MeterReading, bits_per_byte, flops_per_token, metrics, read
 
 SAMPLE_WINDOWS = 256
 """Held-out windows, spread evenly, that are measured while training goes on; all of them at its end."""
@@ -41,10 +41,10 @@ CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class TrainingJob:
     """A run and its surroundings."""
 
-    model: YuanForCausalLM
+    model: CausalLM
     """Trained in place."""
     recipe: Recipe
     """As it is computed here."""
@@ -70,7 +70,7 @@ class Job:
         return {"recipe": (self.named or self.recipe).to_dict(), "data": self.data.identity}
 
 
-def run_training(job: Job) -> dict[str, Any]:
+def run_training(job: TrainingJob) -> dict[str, Any]:
     """Trains, and says what came of it as JSON values. Raises TrainingError with a saved state where it must stop."""
     weight, heldout = next(job.model.parameters()), job.data.heldout
     with job.console.status("measuring this machine's matrix products"):
@@ -95,10 +95,10 @@ def run_training(job: Job) -> dict[str, Any]:
 class _Desk(ExitStack):
     """Everything that a run writes to while it goes."""
 
-    def __init__(self, job: Job, training: Training, peak: float) -> None:
+    def __init__(self, job: TrainingJob, training: Training, peak: float) -> None:
         super().__init__()
         self.job, self.training = job, training
-        self.reading: Reading | None = None
+        self.reading: MeterReading | None = None
         self._resumed_at = training.step if job.resumed_from else None
         hint = "Ctrl-C saves and stops" if job.keeps else "Ctrl-C ends it sooner"
         self._view = TrainingView(console=job.console, peak_flops=peak, hint=hint)

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from yuanmoe.cli.generate.experts import colour
 from yuanmoe.train.steps.loop import Progress
-from yuanmoe.train.steps.meter import Balance, Reading
+from yuanmoe.train.steps.meter import Balance, MeterReading
 from yuanmoe.units import format_count
 
 BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -61,7 +61,7 @@ class TrainingView:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, progress: Progress, reading: Reading, heldout: float | None) -> None:
+    def show(self, progress: Progress, reading: MeterReading, heldout: float | None) -> None:
         """The run after a step; `heldout` in bits a byte where it was measured."""
         self.curve += [reading.loss] * (round(progress.share * CURVE_WIDTH) - len(self.curve))
         self.heldout += [] if heldout is None else [heldout]
@@ -74,7 +74,7 @@ class TrainingView:
         else:
             self._live.update(self._panel(progress, reading), refresh=True)
 
-    def _line(self, progress: Progress, reading: Reading) -> str:
+    def _line(self, progress: Progress, reading: MeterReading) -> str:
         heldout = f", held out {self.heldout[-1]:.3f} bits/byte" if self.heldout else ""
         worst = max((layer.max_over_mean for layer in reading.balance), default=1.0)
         dead = sum(layer.dead_experts for layer in reading.balance)
@@ -83,14 +83,14 @@ class TrainingView:
             f"{heldout}, {self._speed(reading)}, busiest expert {worst:.1f} x even, {dead} dead"
         )
 
-    def _speed(self, reading: Reading) -> str:
+    def _speed(self, reading: MeterReading) -> str:
         share = reading.flops_per_s / self.peak_flops
         return (
             f"{reading.tokens_per_s:,.0f} tokens/s, {format_count(reading.flops_per_s, 'FLOP/s')}: "
             f"{share:.0%} of the {format_count(self.peak_flops, 'FLOP/s')} measured here"
         )
 
-    def _panel(self, progress: Progress, reading: Reading) -> RenderableType:
+    def _panel(self, progress: Progress, reading: MeterReading) -> RenderableType:
         bars = ASCII_BARS if self.console.options.ascii_only else BARS
         left = progress.elapsed_s * (1 / progress.share - 1)
         clock = Table.grid(padding=(0, 1))

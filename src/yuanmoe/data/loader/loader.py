@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from yuanmoe.data.loader.fim import FillInMiddle
 from yuanmoe.data.loader.mixture import Mixture
-from yuanmoe.data.loader.stream import Part, ShuffledStream
+from yuanmoe.data.loader.stream import DocumentPart, ShuffledStream
 from yuanmoe.data.permutation import Integers, Permutation, key_of
 from yuanmoe.data.prepare.finetuning import official_window_mask
 from yuanmoe.data.sets.documents import Documents, check_ids
@@ -29,7 +29,7 @@ MaskRule = Literal["stored", "official"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class WeightedDocuments:
     """Documents and how often they are read."""
 
     documents: Documents
@@ -56,7 +56,7 @@ class Batch:
         return Batch(ids=self.ids[windows], loss_mask=self.loss_mask[windows], documents=self.documents[windows])
 
     @classmethod
-    def of(cls, parts: Sequence[Part]) -> "Batch":
+    def of(cls, parts: Sequence[DocumentPart]) -> "Batch":
         """Parts of rows, all of S + 1 tokens, as windows."""
         return cls(
             ids=np.stack([part.ids for part in parts]),
@@ -96,7 +96,7 @@ class Loader:
     """Batches of one rank; an endless iterator, which stands at `samples`."""
 
     def __init__(
-        self, sources: Sequence[Source], options: LoaderOptions, *, rank: int = 0, world_size: int = 1
+        self, sources: Sequence[WeightedDocuments], options: LoaderOptions, *, rank: int = 0, world_size: int = 1
     ) -> None:
         """Raises DataError for sources without a window or a share, UsageError where ranks do not divide a batch."""
         if not 0 <= rank < world_size or options.batch_size % world_size:
@@ -157,7 +157,7 @@ class Loader:
         start = first + self._rank * self._local
         sources, within = self.mixture.turns(np.arange(start, start + self._local))
         epochs, places = np.divmod(within, self._windows[sources])
-        found: dict[int, Part] = {}
+        found: dict[int, DocumentPart] = {}
         for source, epoch in sorted(set(zip(sources.tolist(), epochs.tolist(), strict=True))):
             here = np.flatnonzero((sources == source) & (epochs == epoch))
             found |= zip(here.tolist(), self._parts(source, epoch, places[here]), strict=True)
@@ -167,7 +167,7 @@ class Loader:
         ids = {"sep_id": self._options.sep_id, "eod_id": self._options.eod_id}
         return replace(batch, loss_mask=official_window_mask(batch.ids[:, 1:], **ids))
 
-    def _parts(self, source: int, epoch: int, places: Integers) -> Iterator[Part]:
+    def _parts(self, source: int, epoch: int, places: Integers) -> Iterator[DocumentPart]:
         """The windows of a source at `places` of the order of an epoch."""
         stream, order = self._epoch(source, epoch)
         for first in (order(places) * self._options.length).tolist():
@@ -193,12 +193,12 @@ def measuring_windows(documents: Documents, *, length: int, limit: int) -> Batch
 
     Raises DataError when there is no window.
     """
-    count = min(_windows_per_epoch(Source(documents=documents), length), limit)
+    count = min(_windows_per_epoch(WeightedDocuments(documents=documents), length), limit)
     row = ShuffledStream(documents, key=key_of("measure"), fim=None, span=length)
     return Batch.of([row.read(place * length, (place + 1) * length + 1) for place in range(count)])
 
 
-def _windows_per_epoch(source: Source, length: int) -> int:
+def _windows_per_epoch(source: WeightedDocuments, length: int) -> int:
     windows = (source.documents.num_tokens - 1) // length
     if windows < 1:
         raise DataError(

@@ -25,7 +25,7 @@ KEPT_GROUPS = 4096
 """Groups that are remembered, with 16 bytes a document: all of a small source, 4 MB at most."""
 
 
-class Part(NamedTuple):
+class DocumentPart(NamedTuple):
     """A part of the row, all [T]."""
 
     ids: Integers
@@ -51,7 +51,7 @@ class ShuffledStream:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def read(self, start: int, stop: int) -> Part:
+    def read(self, start: int, stop: int) -> DocumentPart:
         """The tokens from `start` to `stop` of the row, which must have them."""
         group = int(np.searchsorted(self._starts, start, side="right")) - 1
         offset = int(self._starts[group])
@@ -69,7 +69,7 @@ class ShuffledStream:
                     learned.append(mask)
                     sizes.append(len(here))
             offset, group = int(ends[-1]), group + 1
-        return Part(np.concatenate(ids), np.concatenate(learned), np.repeat(np.arange(len(sizes)), sizes))
+        return DocumentPart(np.concatenate(ids), np.concatenate(learned), np.repeat(np.arange(len(sizes)), sizes))
 
     def _documents(self, first: int, stop: int) -> tuple[Integers, Integers]:
         """The documents at these places of the order, and their lengths in the row."""

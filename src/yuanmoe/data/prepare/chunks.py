@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from yuanmoe.data.prepare.formats import FormatOptions, Part
+from yuanmoe.data.prepare.formats import FormatOptions, RecordBatch
 from yuanmoe.data.sources.inputs import SourceFile
 from yuanmoe.data.sources.records import Reader
 
@@ -37,7 +37,7 @@ class Chunk:
     after: Place
     read_bytes: int = 0
     """Of all files, up to here."""
-    parts: list[Part] = field(default_factory=list)
+    parts: list[RecordBatch] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
     """Files whose last record is in here."""
 
@@ -57,12 +57,12 @@ def chunks(
             columns=options.columns,
         )
         skipped = start.records if number == start.file else 0
-        part: Part | None = None
+        part: RecordBatch | None = None
         for count, record in enumerate(reader, 1):
             if count <= skipped:
                 continue
             if part is None:
-                part = Part(name=file.name, first=count, json=reader.json, records=[])
+                part = RecordBatch(name=file.name, first=count, json=reader.json, records=[])
                 chunk.parts.append(part)
             part.records.append(record)
             size += len(record)

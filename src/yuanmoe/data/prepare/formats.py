@@ -66,7 +66,7 @@ class FormatOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class RecordBatch:
     """Neighbouring records of one file."""
 
     name: str
@@ -96,13 +96,13 @@ class _Document:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Encoder:
+class DocumentEncoder:
     """Turns records into tokens; the same records give the same tokens, wherever and whenever."""
 
     tokenizer: Tokenizer
     options: FormatOptions = field(default_factory=FormatOptions)
 
-    def __call__(self, parts: Iterable[Part]) -> Encoded:
+    def __call__(self, parts: Iterable[RecordBatch]) -> Encoded:
         """Raises DataError with the place of a record that cannot be read, unless those are skipped."""
         skipped: Counter[str] = Counter()
         documents: list[_Document] = []
@@ -124,7 +124,7 @@ class Encoder:
             skipped=skipped,
         )
 
-    def _guarded(self, part: Part, number: int, record: bytes) -> _Document | str:
+    def _guarded(self, part: RecordBatch, number: int, record: bytes) -> _Document | str:
         """The document of a record, or the reason to leave it out."""
         try:
             return self._document(part, record)
@@ -139,7 +139,7 @@ class Encoder:
         chance = int.from_bytes(hashlib.blake2b(record.strip(), digest_size=8).digest())
         return chance < self.options.heldout_share * 2**64
 
-    def _document(self, part: Part, record: bytes) -> _Document | str:
+    def _document(self, part: RecordBatch, record: bytes) -> _Document | str:
         if self.options.heldout_share and self._is_heldout(record) != (self.options.part == "heldout"):
             return "of the other part"
         if not part.json and b"\0" in record[:BINARY_PROBE_BYTES]:

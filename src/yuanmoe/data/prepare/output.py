@@ -17,7 +17,7 @@ import numpy as np
 
 from yuanmoe.data.prepare.chunks import Chunk, Place
 from yuanmoe.data.prepare.formats import Encoded
-from yuanmoe.data.sets.manifest import ENDS, SOURCES, Manifest, mask_name, shard_name
+from yuanmoe.data.sets.manifest import ENDS, SOURCES, DatasetManifest, mask_name, shard_name
 from yuanmoe.errors import DataError
 from yuanmoe.storage.folder import write_synced
 from yuanmoe.text.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class Journal:
     """Name: bytes, and the sha256 of files that grow no more."""
 
 
-class Output:
+class DatasetWriter:
     """The files of an unfinished dataset; a context manager, which closes them."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Output:
         self._sources = (folder / SOURCES).open("ab")
         self._shard: _Shard | None = None
 
-    def __enter__(self) -> "Output":
+    def __enter__(self) -> "DatasetWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,7 +112,7 @@ class Output:
         for file in (self._ends, self._sources):
             _flush(file)
         grown = {name: _entry(self._folder / name) for name in (ENDS, SOURCES, self._tokenizer.file_name)}
-        manifest = Manifest(
+        manifest = DatasetManifest(
             tokenizer_sha256=self._tokenizer.sha256,
             vocab_size=self._tokenizer.vocab_size,
             eod_id=self._tokenizer.eod_id,

@@ -17,10 +17,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from yuanmoe.data.prepare.chunks import Chunk, Place, chunks
-from yuanmoe.data.prepare.formats import PARTS, Encoded, Encoder, FormatOptions, Part
-from yuanmoe.data.prepare.output import JOURNAL, Output
+from yuanmoe.data.prepare.formats import PARTS, DocumentEncoder, Encoded, FormatOptions, RecordBatch
+from yuanmoe.data.prepare.output import JOURNAL, DatasetWriter
 from yuanmoe.data.prepare.workers import map_ordered
-from yuanmoe.data.sets.documents import silent
+from yuanmoe.data.sets.documents import no_progress
 from yuanmoe.data.sets.manifest import ENDS
 from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.data.sources.inputs import Inputs, SourceFile, find_inputs
@@ -48,7 +48,7 @@ class PackOptions:
     """A longer line, file or row is refused: a document is in memory as a whole, several times."""
 
 
-def pack(
+def pack_dataset(
     paths: Sequence[str | Path],
     dst: str | Path,
     tokenizer: Tokenizer,
@@ -56,7 +56,7 @@ def pack(
     *,
     workers: int = 1,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = silent,
+    progress: Callable[[int, int], None] = no_progress,
     say: Callable[[str], None] = log.warning,
 ) -> list[PackedTokens]:
     """Tokenize the documents of files and folders into the dataset `dst`, beside it first.
@@ -116,22 +116,22 @@ def pack_texts(texts: Iterable[str], dst: str | Path, tokenizer: Tokenizer, *, o
     Raises DataError when there is no text.
     """
     options = PackOptions()
-    encoder = Encoder(tokenizer=tokenizer, options=options.read)
+    encoder = DocumentEncoder(tokenizer=tokenizer, options=options.read)
     with (
         new_folder(Path(dst).absolute(), overwrite=overwrite, kind=DATASET) as folder,
         _output(folder, uuid4().hex, tokenizer, options) as output,
     ):
         for number, text in enumerate(texts, 1):
             record = json.dumps({options.read.text_field: text}).encode()
-            part = Part(name="document", first=number, json=True, records=[record])
+            part = RecordBatch(name="document", first=number, json=True, records=[record])
             output.append(Chunk(after=Place(0, number)), encoder([part]))
         output.finish(asdict(options), Counter())
         (folder / JOURNAL).unlink()
     return PackedTokens(dst)
 
 
-def _output(folder: Path, fingerprint: str, tokenizer: Tokenizer, options: PackOptions) -> Output:
-    return Output(
+def _output(folder: Path, fingerprint: str, tokenizer: Tokenizer, options: PackOptions) -> DatasetWriter:
+    return DatasetWriter(
         folder,
         fingerprint=fingerprint,
         tokenizer=tokenizer,
@@ -141,7 +141,7 @@ def _output(folder: Path, fingerprint: str, tokenizer: Tokenizer, options: PackO
 
 
 def _make_encoder(tokenizer_file: Path, options: FormatOptions) -> Callable[[Chunk], Encoded]:
-    encoder = Encoder(tokenizer=load_tokenizer(tokenizer_file), options=options)
+    encoder = DocumentEncoder(tokenizer=load_tokenizer(tokenizer_file), options=options)
     return lambda chunk: encoder(chunk.parts)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.data.loader.loader import LoaderOptions, Source
+from yuanmoe.data.loader.loader import LoaderOptions, WeightedDocuments
 from yuanmoe.data.loader.mixture import parse_mixture
 from yuanmoe.data.sets.documents import Documents
 from yuanmoe.data.sets.manifest import MANIFEST, check_same_tokenizer
@@ -27,13 +27,16 @@ def open_documents(path: str | Path) -> PackedTokens | MegatronTokens:
     )
 
 
-def open_sources(words: Sequence[str]) -> list[Source]:
+def open_sources(words: Sequence[str]) -> list[WeightedDocuments]:
     """The sources of `weight path weight path ...`, or of paths alone. Raises UsageError and DataError."""
-    return [Source(documents=open_documents(path), weight=weight) for weight, path in parse_mixture(words)]
+    return [WeightedDocuments(documents=open_documents(path), weight=weight) for weight, path in parse_mixture(words)]
 
 
-def check_fits(
-    sources: Sequence[Source], options: LoaderOptions, config: ModelConfig, tokenizer: Tokenizer | None = None
+def check_datasets_fit(
+    sources: Sequence[WeightedDocuments],
+    options: LoaderOptions,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Raise DataError or TokenizerError where the model cannot learn from these tokens, or not in such windows."""
     if options.length > config.max_position_embeddings:

@@ -49,5 +49,5 @@ def check_ids(ids: npt.NDArray[np.integer], vocab_size: int, name: str) -> None:
         )
 
 
-def silent(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     """Hears how far something is, and does nothing."""

@@ -35,7 +35,7 @@ def mask_name(number: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class DatasetManifest:
     """What `manifest.json` says."""
 
     tokenizer_sha256: str
@@ -80,7 +80,7 @@ class Manifest:
         write_synced(folder / MANIFEST, self._text())
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Path) -> "DatasetManifest":
         """The manifest in a folder. Raises DataError where there is none, or a damaged one."""
         path = folder / MANIFEST
         try:
@@ -97,7 +97,7 @@ class Manifest:
         return cls._checked(path, values)
 
     @classmethod
-    def _checked(cls, path: Path, values: dict[str, Any]) -> "Manifest":
+    def _checked(cls, path: Path, values: dict[str, Any]) -> "DatasetManifest":
         kinds = {each.name: each.type for each in dataclasses.fields(cls)}
         same = kinds.keys() & values.keys()
         if wrong := (kinds.keys() ^ values.keys()) | {name for name in same if not _fits(kinds[name], values[name])}:
@@ -108,7 +108,7 @@ class Manifest:
         return json.dumps(_FORMAT | dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
-def check_same_tokenizer(manifest: Manifest, tokenizer: Tokenizer, name: str) -> None:
+def check_same_tokenizer(manifest: DatasetManifest, tokenizer: Tokenizer, name: str) -> None:
     """Raise DataError unless the tokens of dataset `name` were made by this tokenizer."""
     if manifest.tokenizer_sha256 == tokenizer.sha256:
         return

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from yuanmoe.data.permutation import Integers
-from yuanmoe.data.sets.documents import Documents, check_ids, silent
+from yuanmoe.data.sets.documents import Documents, check_ids, no_progress
 from yuanmoe.errors import DataError, ResourceError
 
 MAGIC = b"MMIDIDX\0\0"
@@ -123,7 +123,7 @@ def megatron_files(prefix: str | Path) -> tuple[Path, Path]:
 
 
 def write_megatron(
-    documents: Documents, prefix: str | Path, *, vocab_size: int, progress: Callable[[int, int], None] = silent
+    documents: Documents, prefix: str | Path, *, vocab_size: int, progress: Callable[[int, int], None] = no_progress
 ) -> None:
     """Write a pair under the name `prefix`, as the official preprocessing does, but in the smallest type.
 

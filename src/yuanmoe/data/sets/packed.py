@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yuanmoe.data.permutation import Integers
-from yuanmoe.data.sets.manifest import ENDS, MANIFEST, Manifest, mask_name, shard_name
+from yuanmoe.data.sets.manifest import ENDS, MANIFEST, DatasetManifest, mask_name, shard_name
 from yuanmoe.errors import DataError
 
 
@@ -24,7 +24,7 @@ class PackedTokens:
         """Raises DataError when a file is missing or has not the size that the manifest says."""
         self.path = Path(path)
         self.name = str(path)
-        self.manifest = Manifest.read(self.path)
+        self.manifest = DatasetManifest.read(self.path)
         self.num_documents, self.num_tokens = self.manifest.num_documents, self.manifest.num_tokens
         self.vocab_size: int | None = self.manifest.vocab_size
         self._check_sizes()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from yuanmoe.data.sets.documents import check_ids, silent
+from yuanmoe.data.sets.documents import check_ids, no_progress
 from yuanmoe.data.sets.manifest import ENDS, check_same_tokenizer
 from yuanmoe.data.sets.megatron import MegatronTokens
 from yuanmoe.data.sets.packed import PackedTokens
@@ -16,10 +16,10 @@ BLOCK_BYTES = 1 << 20
 BLOCK_DOCUMENTS = 1 << 16
 
 
-def verify(
+def verify_dataset(
     tokens: PackedTokens | MegatronTokens,
     tokenizer: Tokenizer | None = None,
-    progress: Callable[[int, int], None] = silent,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> int:
     """The bytes that were read and found right. Raises DataError naming the damaged file, document or id."""
     if isinstance(tokens, PackedTokens):

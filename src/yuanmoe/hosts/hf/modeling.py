@@ -49,7 +49,7 @@ class YuanPreTrainedModel(PreTrainedModel):
         """Random weights as published for a new model; what was loaded stays."""
         parameters = list(self.parameters())
         if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters):
-            decoder.YuanForCausalLM.initialize(self)  # pyright: ignore[reportArgumentType]
+            decoder.CausalLM.initialize(self)  # pyright: ignore[reportArgumentType]
             for parameter in parameters:
                 parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         super().initialize_weights()

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from yuanmoe.checkpoint.files.lazy import TensorView
-from yuanmoe.checkpoint.formats.mapping import Layout, layout, to_native, to_official
+from yuanmoe.checkpoint.formats.mapping import TensorLayout, layout, to_native, to_official
 from yuanmoe.config import ModelConfig, preset
 from yuanmoe.errors import CheckpointError
 
@@ -36,7 +36,7 @@ def _kinds() -> Iterator[ModelConfig]:
         yield preset("tiny", num_hidden_layers=1, **changes)
 
 
-def _groups(table: Layout) -> Iterator[Layout]:
+def _groups(table: TensorLayout) -> Iterator[TensorLayout]:
     """The parts of layer 0 that share no tensor with one another: queries with keys, every expert's `w1`, ..."""
     for native in table.native:
         officials = {span.official for span in table.spans if span.native == native}
@@ -45,11 +45,11 @@ def _groups(table: Layout) -> Iterator[Layout]:
             yield _restricted(table, together)
 
 
-def _restricted(table: Layout, names: Iterable[str]) -> Layout:
+def _restricted(table: TensorLayout, names: Iterable[str]) -> TensorLayout:
     """The part of `table` with these native tensors and all that they consist of."""
     spans = [span for span in table.spans if span.native in names]
     officials = {span.official for span in spans}
-    return Layout(
+    return TensorLayout(
         native={name: shape for name, shape in table.native.items() if name in names},
         official={name: shape for name, shape in table.official.items() if name in officials},
         spans=spans,
@@ -101,7 +101,7 @@ class _Convert(ConversionOps):
         return {place[1] + name.removeprefix(_FIRST_LAYER): tensor.read() for name, tensor in composed.items()}
 
 
-def _layer(config: ModelConfig, index: int) -> Layout:
+def _layer(config: ModelConfig, index: int) -> TensorLayout:
     """The table of this layer alone, under the names of layer 0."""
     return layout(config.replace(num_hidden_layers=1, num_experts=config.experts_per_layer[index]))
 

@@ -113,12 +113,12 @@ def _room_for_routings(known: Addresses, tokens: int) -> tuple[tuple[Routing, ..
 
 def _describe(
     known: Addresses, state: StoredState, x: Tensor, rotary: tuple[Tensor, Tensor]
-) -> tuple[c.Pass, tuple[object, ...]]:
+) -> tuple[c.LayerPass, tuple[object, ...]]:
     """The pass as the library sees it, and what must live as long."""
     B = len(state.new)
     cosines, sines = (table.contiguous() for table in rotary)
     past, new = (ctypes.c_int64 * B)(*state.past), (ctypes.c_int64 * B)(*state.new)
-    described = c.Pass(
+    described = c.LayerPass(
         tokens=len(x),
         sequences=B,
         width=x.shape[1],

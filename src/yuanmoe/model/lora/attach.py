@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.lora.low_rank import LowRank
 from yuanmoe.model.lora.targets import HEAD, LoraSettings, Shape, factor_shapes
 
@@ -37,7 +37,7 @@ def new_factors(targets: Mapping[str, Shape], settings: LoraSettings, seed: int)
 
 
 def attach(
-    model: YuanForCausalLM, tensors: Mapping[str, Tensor], settings: LoraSettings, dtype: torch.dtype | None = None
+    model: CausalLM, tensors: Mapping[str, Tensor], settings: LoraSettings, dtype: torch.dtype | None = None
 ) -> None:
     """Puts factors beside the matrices that they are named after, in the place of any others.
 
@@ -50,7 +50,7 @@ def attach(
 
 
 def low_ranks(
-    model: YuanForCausalLM, tensors: Mapping[str, Tensor], settings: LoraSettings, dtype: torch.dtype | None = None
+    model: CausalLM, tensors: Mapping[str, Tensor], settings: LoraSettings, dtype: torch.dtype | None = None
 ) -> dict[str, LowRank]:
     """The factors by the name of the matrix that they correct, copied as `attach` does, and beside no matrix yet."""
     norm = model.model.norm.weight
@@ -61,20 +61,20 @@ def low_ranks(
     }
 
 
-def detach(model: YuanForCausalLM) -> None:
+def detach(model: CausalLM) -> None:
     """Takes all factors away."""
     for name in attached(model):
         owner, slot = place_of(model, name)
         setattr(owner, slot, None)
 
 
-def attached(model: YuanForCausalLM) -> dict[str, LowRank]:
+def attached(model: CausalLM) -> dict[str, LowRank]:
     """The factors of a model by the name of the matrix that they correct."""
     found = ((path, module) for path, module in model.named_modules() if isinstance(module, LowRank))
     return {_target(path): module for path, module in found}
 
 
-def factor_tensors(model: YuanForCausalLM) -> dict[str, Tensor]:
+def factor_tensors(model: CausalLM) -> dict[str, Tensor]:
     """The same as tensors: `model.layers.0.self_attn.q_proj.weight.a` and so on, not copied."""
     factors = attached(model).items()
     return {f"{name}.{part}": tensor for name, low_rank in factors for part, tensor in low_rank.state_dict().items()}

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.lora.attach import attached, low_ranks, place_of
 from yuanmoe.model.lora.low_rank import LowRank
 from yuanmoe.model.lora.targets import LoraSettings
@@ -41,7 +41,7 @@ class Trained(Protocol):
 class MultiLora:
     """Adapters by name, numbered in their order; their factors are copied to the model's device once."""
 
-    def __init__(self, model: YuanForCausalLM, adapters: Mapping[str, Trained]) -> None:
+    def __init__(self, model: CausalLM, adapters: Mapping[str, Trained]) -> None:
         """Raises UsageError for a model that has an adapter attached: it would be at work in every request."""
         if adapters and attached(model):
             raise UsageError("an adapter is attached to this model; detach it first, and name it among the others")
@@ -136,7 +136,7 @@ class _MixedExperts(nn.Module):
         return out
 
 
-def _places(model: YuanForCausalLM, factors: Mapping[str, Mapping[int, LowRank]], turn: _Turn) -> list[_Place]:
+def _places(model: CausalLM, factors: Mapping[str, Mapping[int, LowRank]], turn: _Turn) -> list[_Place]:
     """Where the factors of each matrix, by its name and the number of the adapter, go."""
     places: list[_Place] = []
     twins: dict[str, dict[int, nn.Module]] = {}

@@ -74,17 +74,17 @@ class LoraSettings:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def role_of(name: str) -> str | None:
+def lora_role_of(name: str) -> str | None:
     """The role of a matrix by its name; None for what cannot be adapted."""
     return next((role for role, mark in _MARKS.items() if mark in name), None)
 
 
 def targets(matrices: Mapping[str, Shape], settings: LoraSettings) -> dict[str, Shape]:
     """Those of a model's `matrices` that are adapted. Raises UsageError for a role that it has no matrix of."""
-    found = {name: shape for name, shape in matrices.items() if role_of(name) in settings.roles}
-    missing = [role for role in settings.roles if role not in map(role_of, found)]
+    found = {name: shape for name, shape in matrices.items() if lora_role_of(name) in settings.roles}
+    missing = [role for role in settings.roles if role not in map(lora_role_of, found)]
     if missing:
-        present = [role for role in ROLES if role in map(role_of, matrices)]
+        present = [role for role in ROLES if role in map(lora_role_of, matrices)]
         raise UsageError(
             f"LoRA of {', '.join(missing)} matches nothing in this model, which has {', '.join(present)}; "
             "change lora.targets"

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.quantized.layers import (
     PackedMatrices,
     QuantizedEmbedding,
@@ -22,11 +22,11 @@ from yuanmoe.model.quantized.layers import (
     WholeEmbedding,
 )
 from yuanmoe.ops.products.packed_linear import packed_linear
-from yuanmoe.ops.quantize.groupwise import dequantize
+from yuanmoe.ops.quantize.groupwise import dequantize_weight
 from yuanmoe.ops.quantize.packed_format import PackedFormat
 
 
-class QuantizedYuan(YuanForCausalLM):
+class QuantizedYuan(CausalLM):
     """The model whose output head may be in few bits, and whose keys and values are bfloat16 unless told otherwise."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,7 +39,7 @@ class QuantizedYuan(YuanForCausalLM):
 
     def stored_head(self, dtype: torch.dtype) -> Float[Tensor, "V D"]:
         head = self.head_weight
-        return dequantize(head.packed, dtype) if isinstance(head, PackedMatrices) else super().stored_head(dtype)
+        return dequantize_weight(head.packed, dtype) if isinstance(head, PackedMatrices) else super().stored_head(dtype)
 
 
 def quantized_model(config: ModelConfig, formats: Mapping[str, PackedFormat], dtype: torch.dtype) -> QuantizedYuan:

@@ -24,7 +24,7 @@ from yuanmoe.ops.native.shapes import (
     check_lengths,
     check_packed_experts,
     check_routing,
-    check_tokens,
+    check_token_shape,
     readable,
     readable_routing,
 )
@@ -64,12 +64,12 @@ def quantized_linear(x: Float[Tensor, "*N I"], weight: PackedTensor) -> Float[Te
 
     Raises UsageError for shapes that do not fit and where a gradient is asked for.
     """
-    check_tokens(x, weight.in_features, weight.codes)
+    check_token_shape(x, weight.in_features, weight.codes)
     if weight.codes.ndim != 3:
         raise UsageError(f"a linear layer has one matrix, this is a stack of {list(weight.codes.shape[:-3])}")
     found = _kernels_for(x)
     if found is None:
-        return quant.linear(x, weight).to(x.dtype)
+        return quant.reference_linear(x, weight).to(x.dtype)
     out = found.linear(readable(x), weight)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -86,12 +86,12 @@ def quantized_moe(
     The hidden values are rounded to 8 bits a group like the tokens; the sum is in float32, in the order of `experts`.
     Raises UsageError for shapes and ids that do not fit and where a gradient is asked for.
     """
-    check_tokens(x, gate_up.in_features, gate_up.codes, down.codes)
+    check_token_shape(x, gate_up.in_features, gate_up.codes, down.codes)
     check_packed_experts(gate_up, down)
     check_routing(x, weights, experts)
     found = _kernels_for(x)
     if found is None:
-        return quant.mixture(x, gate_up, down, weights, experts).to(x.dtype)
+        return quant.reference_mixture(x, gate_up, down, weights, experts).to(x.dtype)
     return found.mixture(readable(x), gate_up, down, *readable_routing(weights, experts)).to(x.dtype)
 
 
@@ -118,7 +118,7 @@ def suits_bf16(x: Tensor, *weights: Tensor) -> bool:
 
 def bf16_linear(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*N O"]:
     """`x` times the transposed bfloat16 weight, summed in float32, for what `suits_bf16`."""
-    check_tokens(x, weight.shape[1], weight)
+    check_token_shape(x, weight.shape[1], weight)
     found = _kernels_for_bf16(x, weight)
     return found.linear(readable(x), weight).to(x.dtype)
 
@@ -131,7 +131,7 @@ def bf16_moe(
     experts: Int[Tensor, "N K"],
 ) -> Float[Tensor, "N D"]:
     """`quantized_moe` with bfloat16 weights and hidden values in float32, for what `suits_bf16`."""
-    check_tokens(x, gate_up.shape[2], gate_up, down)
+    check_token_shape(x, gate_up.shape[2], gate_up, down)
     check_experts((gate_up.shape[1] // 2, gate_up.shape[2]), (down.shape[1], down.shape[2]))
     check_routing(x, weights, experts)
     found = _kernels_for_bf16(x, gate_up, down)

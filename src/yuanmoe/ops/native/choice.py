@@ -43,7 +43,7 @@ def kernels(name: str, path: Path = LIBRARY) -> Kernels:
     try:
         library = open_library(path)
     except OSError as error:
-        raise UsageError(missing(path, error)) from error
+        raise UsageError(load_failure(path, error)) from error
     if not library.yuanmoe_supports(VARIANTS.index(name)):
         raise UsageError(f"this CPU cannot run the {name} kernels; unset {SWITCH} to use the best that it can")
     return Kernels(library, name)
@@ -56,7 +56,7 @@ def chosen() -> Kernels | None:
     return found if isinstance(found, Kernels) else None
 
 
-def missing(path: Path, error: OSError) -> str:
+def load_failure(path: Path, error: OSError) -> str:
     """What to tell a user whose library does not load."""
     if path.exists():
         return f"the compiled kernels {path.name} do not load ({error}); install yuanmoe again on this machine"
@@ -77,7 +77,7 @@ def _find() -> Kernels | str:
     try:
         library = open_library()
     except OSError as error:
-        return missing(LIBRARY, error)
+        return load_failure(LIBRARY, error)
     best = [name for index, name in enumerate(VARIANTS) if library.yuanmoe_supports(index)][-1]
     return Kernels(library, best)
 

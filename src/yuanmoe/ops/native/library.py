@@ -28,27 +28,34 @@ LIBRARY: Final = Path(__file__).with_name("libyuanmoe.so")
 
 _SIGNATURES: Final = {
     "yuanmoe_supports": (c_int32, (c_int32,)),
-    "yuanmoe_linear": (c_int32, (c.Call, POINTER(c.Quantized), c_void_p, c_int64, c_void_p)),
+    "yuanmoe_linear": (c_int32, (c.Call, POINTER(c.QuantizedMatrix), c_void_p, c_int64, c_void_p)),
     "yuanmoe_linear_bf16": (c_int32, (c.Call, POINTER(c.Bfloat16), c_void_p, c_int64, c_void_p)),
     "yuanmoe_mixture": (
         c_int32,
-        (c.Call, POINTER(c.Quantized), POINTER(c.Quantized), POINTER(c.Routing), c_void_p, c_void_p),
+        (
+            c.Call,
+            POINTER(c.QuantizedMatrix),
+            POINTER(c.QuantizedMatrix),
+            POINTER(c.RoutingPointers),
+            c_void_p,
+            c_void_p,
+        ),
     ),
     "yuanmoe_mixture_bf16": (
         c_int32,
-        (c.Call, POINTER(c.Bfloat16), POINTER(c.Bfloat16), POINTER(c.Routing), c_void_p, c_void_p),
+        (c.Call, POINTER(c.Bfloat16), POINTER(c.Bfloat16), POINTER(c.RoutingPointers), c_void_p, c_void_p),
     ),
     "yuanmoe_attention": (
         c_int32,
         (c.Call, POINTER(c.KeyValues), c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     ),
-    "yuanmoe_store": (c_int32, (c.Call, POINTER(c.Slots), c_void_p, c_void_p, c_int64, c_void_p)),
+    "yuanmoe_store": (c_int32, (c.Call, POINTER(c.SlotPointers), c_void_p, c_void_p, c_int64, c_void_p)),
     "yuanmoe_rms_norm": (c_int32, (c.Call, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
     "yuanmoe_rotate": (c_int32, (c.Call, POINTER(c.Heads), c_void_p, c_void_p, c_void_p, c_void_p)),
     "yuanmoe_relate": (c_int32, (c.Call, c_void_p, c_int64, c_int64, c_void_p)),
     "yuanmoe_choose": (c_int32, (c.Call, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "yuanmoe_swiglu": (c_int32, (c.Call, c_void_p, c_int64, c_int64, c_void_p)),
-    "yuanmoe_layers": (c_int32, (c.Call, c_void_p, c_void_p, c_void_p, c_int64, POINTER(c.Pass), c_void_p)),
+    "yuanmoe_layers": (c_int32, (c.Call, c_void_p, c_void_p, c_void_p, c_int64, POINTER(c.LayerPass), c_void_p)),
     "yuanmoe_multiply_adds": (c_int64, (c.Call, c_int64)),
     "yuanmoe_read": (c_uint64, (c.Call, c_void_p, c_int64)),
 }
@@ -74,7 +81,7 @@ class Kernels:
         self.variant: Final = variant
         self._library: Final = library
         self._index: Final = VARIANTS.index(variant)
-        self._seen: Final[WeakKeyDictionary[PackedTensor, c.Quantized]] = WeakKeyDictionary()
+        self._seen: Final[WeakKeyDictionary[PackedTensor, c.QuantizedMatrix]] = WeakKeyDictionary()
 
     def linear(self, x: Tensor, weight: PackedTensor | Tensor) -> Tensor:
         """`x` [..., I] times a quantized or bfloat16 weight [O, I]."""
@@ -96,7 +103,7 @@ class Kernels:
         """The weighted sum of the chosen experts of each token of `x` [N, D]; `weights` and `experts` are [N, K]."""
         first, second = self._stack(gate_up), self._stack(down)
         function = self._library.yuanmoe_mixture_bf16 if isinstance(down, Tensor) else self._library.yuanmoe_mixture
-        routing = c.Routing(*weights.shape, experts.data_ptr(), weights.data_ptr())
+        routing = c.RoutingPointers(*weights.shape, experts.data_ptr(), weights.data_ptr())
         out = torch.empty_like(x)
         _check(function(self._call(x), first, second, routing, x.data_ptr(), out.data_ptr()), second)
         return out
@@ -170,7 +177,7 @@ class Kernels:
         _check_memory(self._library.yuanmoe_swiglu(self._call(x), x.data_ptr(), tokens, width, out.data_ptr()))
         return out
 
-    def layers(self, weights: Any, states: Any, routed: Any, part: slice, run: c.Pass, x: Tensor) -> None:
+    def layers(self, weights: Any, states: Any, routed: Any, part: slice, run: c.LayerPass, x: Tensor) -> None:
         """Takes tokens `x` [N, D] through a part of the layers, in place; the three are arrays of structures."""
         addresses = (ctypes.addressof(array[part.start]) for array in (weights, states, routed))
         count = part.stop - part.start
@@ -187,13 +194,13 @@ class Kernels:
         """Reads every byte of `data` once, with all threads."""
         self._library.yuanmoe_read(self._call(None), data.data_ptr(), data.nbytes)
 
-    def _stack(self, weight: PackedTensor | Tensor) -> c.Quantized | c.Bfloat16:
+    def _stack(self, weight: PackedTensor | Tensor) -> c.QuantizedMatrix | c.Bfloat16:
         """Equal matrices [..., O, I] as the library sees them; kept for packed ones, a token passes hundreds."""
         if isinstance(weight, Tensor):
             return c.bfloat16(weight)
         found = self._seen.get(weight)
         if found is None:
-            found = self._seen[weight] = c.quantized(weight)
+            found = self._seen[weight] = c.quantized_matrix(weight)
         return found
 
     def _call(self, x: Tensor | None) -> c.Call:
@@ -207,7 +214,7 @@ def _check_pages(status: int, stored: Tensor) -> None:
     _check_memory(status)
 
 
-def _check(status: int, matrix: c.Quantized | c.Bfloat16) -> None:
+def _check(status: int, matrix: c.QuantizedMatrix | c.Bfloat16) -> None:
     if status == 1:
         raise UsageError(f"an expert id is outside 0..{matrix.matrices - 1}, the experts of these weights")
     _check_memory(status)

@@ -16,7 +16,7 @@ PAGE_SLOTS = 32
 """Pages hold a multiple of so many keys, which the attention kernel takes at once (`kKeysAtOnce` in csrc/layout.h)."""
 
 
-def check_tokens(x: Tensor, in_features: int, *weights: Tensor) -> None:
+def check_token_shape(x: Tensor, in_features: int, *weights: Tensor) -> None:
     """Raises UsageError unless `x` has `in_features` channels and lies where `weights` do."""
     if x.shape[-1] != in_features:
         raise UsageError(f"tokens have {x.shape[-1]} channels, the weight takes {in_features}")

@@ -24,7 +24,7 @@ class Call(ctypes.Structure):
     _fields_ = (("variant", c_int32), ("threads", c_int32), ("dtype", c_int32))
 
 
-class Quantized(ctypes.Structure):
+class QuantizedMatrix(ctypes.Structure):
     _fields_ = (
         ("codes", c_void_p),
         ("scales", c_void_p),
@@ -40,7 +40,7 @@ class Bfloat16(ctypes.Structure):
     _fields_ = (("values", c_void_p), ("matrices", c_int64), ("rows", c_int64), ("columns", c_int64))
 
 
-class Routing(ctypes.Structure):
+class RoutingPointers(ctypes.Structure):
     _fields_ = (("tokens", c_int64), ("chosen", c_int64), ("experts", c_void_p), ("weights", c_void_p))
 
 
@@ -60,7 +60,7 @@ class KeyValues(ctypes.Structure):
     )
 
 
-class Slots(ctypes.Structure):
+class SlotPointers(ctypes.Structure):
     _fields_ = (
         ("values", c_void_p),
         ("scales", c_void_p),
@@ -77,7 +77,7 @@ class Heads(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = (("packed", Quantized), ("whole", Bfloat16), ("bias", c_void_p))
+    _fields_ = (("packed", QuantizedMatrix), ("whole", Bfloat16), ("bias", c_void_p))
 
 
 class LayerWeights(ctypes.Structure):
@@ -101,14 +101,14 @@ class LayerWeights(ctypes.Structure):
 
 
 class LayerState(ctypes.Structure):
-    _fields_ = (("keys", Slots), ("values", Slots), ("tails", c_void_p * 2))
+    _fields_ = (("keys", SlotPointers), ("values", SlotPointers), ("tails", c_void_p * 2))
 
 
 class Routed(ctypes.Structure):
     _fields_ = (("weights", c_void_p), ("experts", c_void_p), ("logits", c_void_p))
 
 
-class Pass(ctypes.Structure):
+class LayerPass(ctypes.Structure):
     _fields_ = (
         ("tokens", c_int64),
         ("sequences", c_int64),
@@ -131,9 +131,9 @@ class Pass(ctypes.Structure):
     )
 
 
-def quantized(weight: PackedTensor) -> Quantized:
+def quantized_matrix(weight: PackedTensor) -> QuantizedMatrix:
     """Equal matrices [..., O, I] in few bits."""
-    return Quantized(
+    return QuantizedMatrix(
         weight.codes.data_ptr(),
         weight.scales.data_ptr(),
         weight.codes.shape[:-3].numel(),
@@ -153,10 +153,12 @@ def matrix(weight: PackedTensor | Tensor, bias: Tensor | None = None) -> Matrix:
     """Either of them, with a bias."""
     address = None if bias is None else bias.data_ptr()
     if isinstance(weight, Tensor):
-        return Matrix(Quantized(), bfloat16(weight), address)
-    return Matrix(quantized(weight), Bfloat16(), address)
+        return Matrix(QuantizedMatrix(), bfloat16(weight), address)
+    return Matrix(quantized_matrix(weight), Bfloat16(), address)
 
 
-def slots(values: Tensor, scales: Tensor | None) -> Slots:
+def slots(values: Tensor, scales: Tensor | None) -> SlotPointers:
     """Vectors [pages, H, P, C], and their scales where they are codes."""
-    return Slots(values.data_ptr(), None if scales is None else scales.data_ptr(), STORED[values.dtype], *values.shape)
+    return SlotPointers(
+        values.data_ptr(), None if scales is None else scales.data_ptr(), STORED[values.dtype], *values.shape
+    )

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from yuanmoe.ops import native
 from yuanmoe.ops.products.wide import BLOCK_ELEMENTS
-from yuanmoe.ops.quantize.groupwise import BLOCK_ROWS, PackedTensor, dequantize, matrix_of
+from yuanmoe.ops.quantize.groupwise import BLOCK_ROWS, PackedTensor, dequantize_weight, matrix_of
 
 
 def packed_linear(x: Float[Tensor, "*N I"], weight: PackedTensor) -> Float[Tensor, "*N SO"]:
@@ -63,4 +63,6 @@ def _blocks(weight: PackedTensor) -> Iterator[Tensor]:
         for start in range(0, len(matrix.codes), step):
             rows = min(step * BLOCK_ROWS, matrix.out_features - start * BLOCK_ROWS)
             part = slice(start, start + step)
-            yield dequantize(replace(matrix, codes=matrix.codes[part], scales=matrix.scales[part], out_features=rows))
+            yield dequantize_weight(
+                replace(matrix, codes=matrix.codes[part], scales=matrix.scales[part], out_features=rows)
+            )

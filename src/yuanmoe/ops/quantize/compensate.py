@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from yuanmoe.errors import CheckpointError
-from yuanmoe.ops.quantize.groupwise import QuantizedTensor, quantize
+from yuanmoe.ops.quantize.groupwise import QuantizedTensor, quantize_weight
 
 LEAST_DAMPING = 0.01
 SCARCITY_DAMPING = 0.06
@@ -56,7 +56,7 @@ def quantize_compensated(
     weight: Float[Tensor, "O I"], spread: Compensation, bits: int, group_size: int
 ) -> QuantizedTensor:
     """Codes and scales whose products with the calibrated inputs are close to those of `weight`."""
-    scales = quantize(weight, bits, group_size, "mse").scales
+    scales = quantize_weight(weight, bits, group_size, "mse").scales
     steps = scales.float().repeat_interleave(group_size, dim=1)[:, : weight.shape[1]][:, spread.order]
     rounded = _round_in_order(weight.float()[:, spread.order], steps, spread.factor, 2 ** (bits - 1))
     codes = torch.empty_like(rounded)

@@ -6,10 +6,10 @@ own group (measured on inputs with channels 30 times larger: 36 dB at group 64, 
 fp16 scales, because bf16 ones lose up to 0.07 dB at 8 bits, float32 ones gain 0.001 dB for 6 % more bytes, and GPTQ
 files carry fp16, so they import without loss.
 
-The packed layout is drawn in `native/csrc/layout.h`; `pack` pads rows to 16 with zero scales and inputs to whole groups
-with zero codes, so any shape fits. This module is the reference and the fallback of `ops.native`; it is not fast.
-Legend: N tokens, O outputs (rows), I inputs (columns), G groups of a row, B blocks of 16 rows, E experts, F expert
-width, D hidden, K chosen.
+The packed layout is drawn in `native/csrc/layout.h`; `pack_weight` pads rows to 16 with zero scales and inputs to
+whole groups with zero codes, so any shape fits. This module is the reference and the fallback of `ops.native`; it is
+not fast. Legend: N tokens, O outputs (rows), I inputs (columns), G groups of a row, B blocks of 16 rows, E experts, F
+expert width, D hidden, K chosen.
 """
 
 from dataclasses import dataclass
@@ -96,7 +96,9 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
         )
 
 
-def quantize(weight: Float[Tensor, "*E O I"], bits: int, group_size: int, method: Method = "rtn") -> QuantizedTensor:
+def quantize_weight(
+    weight: Float[Tensor, "*E O I"], bits: int, group_size: int, method: Method = "rtn"
+) -> QuantizedTensor:
     """Codes and scales for `weight`; each group of `group_size` inputs of a row has its own scale.
 
     `rtn` gives the weight of largest magnitude the most negative code (1.1 dB better at 4 bits than an equal range on
@@ -179,18 +181,20 @@ def _rounded(grouped: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (grouped / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-top, top - 1)
 
 
-def dequantize(weight: QuantizedTensor | PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*E O I"]:
+def dequantize_weight(
+    weight: QuantizedTensor | PackedTensor, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*E O I"]:
     """Code times scale; exact in float32 and float64."""
     if isinstance(weight, PackedTensor):
-        weight = unpack(weight)
+        weight = unpack_weight(weight)
     inputs, size = weight.codes.shape[-1], weight.group_size
     codes = weight.codes if inputs % size == 0 else F.pad(weight.codes, (0, -inputs % size))
     scales = weight.scales.to(dtype).unsqueeze(-1)
     return codes.unflatten(-1, (-1, size)).to(dtype).mul_(scales).flatten(-2)[..., :inputs]
 
 
-def pack(weight: QuantizedTensor) -> PackedTensor:
-    """The layout of the kernels; `unpack` gives back the same codes and scales bit for bit."""
+def pack_weight(weight: QuantizedTensor) -> PackedTensor:
+    """The layout of the kernels; `unpack_weight` gives back the same codes and scales bit for bit."""
     *lead, O, I = weight.codes.shape  # noqa: E741
     groups, size = weight.scales.shape[-1], weight.group_size
     rows = -O % BLOCK_ROWS
@@ -212,8 +216,8 @@ def pack(weight: QuantizedTensor) -> PackedTensor:
     )
 
 
-def unpack(weight: PackedTensor) -> QuantizedTensor:
-    """The inverse of `pack`."""
+def unpack_weight(weight: PackedTensor) -> QuantizedTensor:
+    """The inverse of `pack_weight`."""
     chunks = weight.codes.unflatten(-1, (-1, BLOCK_ROWS, 4))
     if weight.bits == 8:
         blocks = chunks.view(torch.int8).transpose(-2, -3).flatten(-2)
@@ -251,14 +255,14 @@ def round_activations(x: Float[Tensor, "*N I"], group_size: int, dtype: torch.dt
     return (codes.to(dtype) * scales.to(dtype)).flatten(-2)[..., : x.shape[-1]]
 
 
-def linear(
+def reference_linear(
     x: Float[Tensor, "*N I"], weight: QuantizedTensor | PackedTensor, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "*N O"]:
     """What `native.quantized_linear` computes, in `dtype` throughout: float64 is the reference of its tests."""
-    return round_activations(x, weight.group_size, dtype) @ dequantize(weight, dtype).mT
+    return round_activations(x, weight.group_size, dtype) @ dequantize_weight(weight, dtype).mT
 
 
-def mixture(
+def reference_mixture(
     x: Float[Tensor, "N D"],
     gate_up: PackedTensor,
     down: PackedTensor,
@@ -272,8 +276,8 @@ def mixture(
         if not 0 <= expert < len(down.codes):
             raise UsageError(f"expert id {expert} is outside 0..{len(down.codes) - 1}, the experts of these weights")
         token, choice = (experts == expert).nonzero(as_tuple=True)
-        gate, up = (linear(x[token], matrix_of(gate_up, expert, half), dtype) for half in (0, 1))
-        output = linear(F.silu(gate) * up, matrix_of(down, expert), dtype)
+        gate, up = (reference_linear(x[token], matrix_of(gate_up, expert, half), dtype) for half in (0, 1))
+        output = reference_linear(F.silu(gate) * up, matrix_of(down, expert), dtype)
         out.index_add_(0, token, output * weights[token, choice, None].to(dtype))
     return out
 

@@ -24,7 +24,7 @@ SHARDING: tuple[Sharding, ...] = get_args(Sharding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class TrainingStep:
     """What is trained, one step of it. Raises UsageError when there is nothing to do."""
 
     config: ModelConfig
@@ -66,12 +66,12 @@ class Layout:
         numbers = (f"dp{self.data}", f"pp{self.stages}", f"ep{self.experts}")
         return (*numbers, self.sharding, f"mb{self.micro_batch}", self.checkpointing)
 
-    def accumulation(self, training: Training) -> int:
+    def accumulation(self, training: TrainingStep) -> int:
         """Micro-batches that each pipeline sees in a step."""
         return training.global_batch // (self.data * self.micro_batch)
 
 
-def layouts(training: Training, devices: int) -> Iterator[Layout]:
+def layouts(training: TrainingStep, devices: int) -> Iterator[Layout]:
     """Every layout of so many devices; micro-batches are powers of two."""
     for stages in _divisors(devices, training.config.num_hidden_layers):
         data = devices // stages
@@ -89,7 +89,7 @@ def layouts(training: Training, devices: int) -> Iterator[Layout]:
                         )
 
 
-def find_layouts(training: Training, devices: int, words: Iterable[str] = ()) -> list[Layout]:
+def find_layouts(training: TrainingStep, devices: int, words: Iterable[str] = ()) -> list[Layout]:
     """The layouts that have all of these words. Raises UsageError, with what there is, when there are none."""
     every = list(layouts(training, devices))
     if not every:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import LOGIT_BYTES, LOSS_BLOCK, Checkpointing, activation_bytes, kept_bytes
 from yuanmoe.plan.cluster.cluster import Cluster
-from yuanmoe.plan.cluster.layout import Layout, Sharding, Training
+from yuanmoe.plan.cluster.layout import Layout, Sharding, TrainingStep
 from yuanmoe.plan.cost import STATE_BYTES, Weight
 from yuanmoe.plan.device.planner import LAYER_S, RUNTIME_BYTES
 
@@ -33,7 +33,7 @@ GATHERED_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class StagePart:
     """Something that a stage is made of. Bytes on one device, seconds of one micro-batch or of a step."""
 
     weights: float = 0
@@ -67,17 +67,17 @@ class Part:
         return self.compute_s + self.experts_s + self.gathers_s
 
 
-def total(parts: Iterable[Part]) -> Part:
+def sum_parts(parts: Iterable[StagePart]) -> StagePart:
     """All of them together."""
     every = list(parts)
-    return Part(**{field.name: sum(getattr(part, field.name) for part in every) for field in fields(Part)})
+    return StagePart(**{field.name: sum(getattr(part, field.name) for part in every) for field in fields(StagePart)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """A step of training in one layout on one cluster."""
 
-    training: Training
+    training: TrainingStep
     cluster: Cluster
     layout: Layout
 
@@ -85,7 +85,7 @@ class Case:
     def micro_batch_tokens(self) -> int:
         return self.layout.micro_batch * self.training.sequence_length
 
-    def layer(self, num_experts: int) -> Part:
+    def layer(self, num_experts: int) -> StagePart:
         """A layer with so many routed experts."""
         config, layout = self.training.config, self.layout
         every, routed = self._layer_parameters(num_experts)
@@ -94,48 +94,50 @@ class Case:
         flops += cost.attention_flops(config, context) / config.num_hidden_layers
         passes = 4 if layout.checkpointing == "full" else 3
         compute_s = passes * max(LAYER_S, self._pass_s(flops, every + routed))
-        own = Part(
+        own = StagePart(
             kept=self._kept(num_experts, layout.checkpointing),
             compute_s=compute_s,
             experts_s=self._experts_s(num_experts),
             gathers_s=max(0.0, self._gathers_s(every) + self._gathers_s(routed, layout.experts) - compute_s),
         )
-        return total([own, self._held(every, layout.sharding), self._held(routed, layout.sharding, layout.experts)])
+        return sum_parts([own, self._held(every, layout.sharding), self._held(routed, layout.sharding, layout.experts)])
 
-    def around(self) -> list[Part]:
+    def around(self) -> list[StagePart]:
         """What each stage has besides its layers: the embedding on the first, norm, head and loss on the last."""
         config, layout = self.training.config, self.layout
         embedding, head, norm = cost.outside_weights(config)
         separate = not config.tie_word_embeddings or layout.stages > 1
         # FSDP shards layers; what is outside of them stays whole but for the optimizer's share.
         sharding = "optimizer" if layout.sharding == "fsdp" else layout.sharding
-        agreed = Part()
+        agreed = StagePart()
         if config.tie_word_embeddings and layout.stages > 1:
             # Both ends hold the matrix and agree on its gradient: an all-reduce of two ranks.
             boundary = self.cluster.boundary(layout.data, layout.stages)
-            agreed = Part(reduce_s=GRADIENT_BYTES * head.size / boundary)
+            agreed = StagePart(reduce_s=GRADIENT_BYTES * head.size / boundary)
         parts = [self._everywhere()] * layout.stages
-        parts[0] = total([parts[0], agreed, self._held(embedding.size, sharding)])
-        parts[-1] = total([parts[-1], agreed, self._held(norm.size + head.size * separate, sharding), self._loss(head)])
+        parts[0] = sum_parts([parts[0], agreed, self._held(embedding.size, sharding)])
+        parts[-1] = sum_parts(
+            [parts[-1], agreed, self._held(norm.size + head.size * separate, sharding), self._loss(head)]
+        )
         return parts
 
-    def _everywhere(self) -> Part:
+    def _everywhere(self) -> StagePart:
         config, layout = self.training.config, self.layout
         kinds = set(config.experts_per_layer)
         again = max(self._kept(kind, "none") - self._kept(kind, layout.checkpointing) for kind in kinds)
         # FSDP holds the layer at work and the next one whole, and the whole gradient of the former.
         whole = max(sum(self._layer_parameters(kind)) for kind in kinds) if layout.sharding == "fsdp" else 0
-        return Part(
+        return StagePart(
             weights=2 * WEIGHT_BYTES * whole,
             gradients=WEIGHT_BYTES * whole,
             workspace=again + activation_bytes(config, self.micro_batch_tokens),
             runtime=RUNTIME_BYTES + (COMMUNICATION_BYTES if self.cluster.size > 1 else 0),
         )
 
-    def _loss(self, head: Weight) -> Part:
+    def _loss(self, head: Weight) -> StagePart:
         """The loss takes its gradients at once, so that nothing of the head is computed again."""
         block = min(self.micro_batch_tokens, LOSS_BLOCK) * self.training.config.vocab_size * LOGIT_BYTES
-        return Part(
+        return StagePart(
             loss=block + GRADIENT_BYTES * head.size,
             compute_s=3 * self._pass_s(cost.flops_of([head]), head.size),
         )
@@ -153,12 +155,12 @@ class Case:
             counts[weight.role == "experts"] += weight.copies * weight.size
         return counts[False], counts[True] // self.layout.experts
 
-    def _held(self, parameters: int, sharding: Sharding, stride: int = 1) -> Part:
+    def _held(self, parameters: int, sharding: Sharding, stride: int = 1) -> StagePart:
         """Parameters that a device shares with every stride-th data rank: what it holds of them, what a step costs."""
         ranks = self.layout.data // stride
         share = parameters if sharding == "replicated" else parameters / ranks
         exchanged = REDUCED_BYTES[sharding] * parameters * (ranks - 1) / ranks
-        return Part(
+        return StagePart(
             weights=0 if sharding == "fsdp" else WEIGHT_BYTES * parameters,
             gradients=GRADIENT_BYTES * (share if sharding == "fsdp" else parameters),
             optimizer=OPTIMIZER_BYTES * share,

@@ -12,8 +12,8 @@ from functools import cached_property
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster import paper
 from yuanmoe.plan.cluster.cluster import Cluster
-from yuanmoe.plan.cluster.layout import Layout, Training, check_stages, find_layouts
-from yuanmoe.plan.cluster.parts import Case, Part, total
+from yuanmoe.plan.cluster.layout import Layout, TrainingStep, check_stages, find_layouts
+from yuanmoe.plan.cluster.parts import Case, StagePart, sum_parts
 from yuanmoe.plan.cluster.split import Demand, possible, spans, split
 from yuanmoe.plan.cost import STATE_BYTES
 
@@ -77,7 +77,7 @@ class Candidate:
         config = case.training.config
         kinds = {num_experts: case.layer(num_experts) for num_experts in set(config.experts_per_layer)}
         self.case = case
-        self.layers: list[Part] = [kinds[num_experts] for num_experts in config.experts_per_layer]
+        self.layers: list[StagePart] = [kinds[num_experts] for num_experts in config.experts_per_layer]
         self.around = case.around()
         self.accumulation = case.layout.accumulation(case.training)
 
@@ -113,7 +113,7 @@ class Candidate:
         """With these layers on each stage, or the best ones."""
         stages = stages or split(self.demand, self.case.cluster.device.memory_bytes)
         whole = [
-            total([around, *self.layers[first:end]])
+            sum_parts([around, *self.layers[first:end]])
             for around, (first, end) in zip(self.around, spans(stages), strict=True)
         ]
         return Plan(
@@ -123,7 +123,7 @@ class Candidate:
             time=self._time(whole),
         )
 
-    def _time(self, stages: list[Part]) -> StepTime:
+    def _time(self, stages: list[StagePart]) -> StepTime:
         A, P = self.accumulation, len(stages)
         passing = sum(stage.micro_batch_s for stage in stages)
         slowest = max(stage.micro_batch_s for stage in stages)
@@ -143,7 +143,7 @@ class Candidate:
         return neighbours * 2 * STATE_BYTES * self.case.micro_batch_tokens * self.case.training.config.hidden_size
 
 
-def _memory(stage: Part, in_flight: int) -> StageMemory:
+def _memory(stage: StagePart, in_flight: int) -> StageMemory:
     return StageMemory(
         weights=round(stage.weights),
         gradients=round(stage.gradients),
@@ -155,10 +155,10 @@ def _memory(stage: Part, in_flight: int) -> StageMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class ClusterRequest:
     """What is to be trained where, and what of the layout is given."""
 
-    training: Training
+    training: TrainingStep
     cluster: Cluster
     words: tuple[str, ...] = ()
     """Of the layout."""
@@ -174,7 +174,7 @@ class Request:
         return [Candidate(Case(training=self.training, cluster=self.cluster, layout=layout)) for layout in found]
 
 
-def rank(request: Request) -> list[Plan]:
+def rank(request: ClusterRequest) -> list[Plan]:
     """The layouts that fit: the best of each number of stages and of ranks for experts, fastest first."""
     best: dict[tuple[int, int], Plan] = {}
     for candidate in sorted(request.candidates(), key=Candidate.least_s):
@@ -187,7 +187,7 @@ def rank(request: Request) -> list[Plan]:
     return sorted(best.values(), key=lambda plan: plan.time.total)
 
 
-def nearest(request: Request) -> Plan:
+def nearest(request: ClusterRequest) -> Plan:
     """The layout that needs least memory."""
     best: Plan | None = None
     for candidate in sorted(request.candidates(), key=Candidate.least_bytes):
@@ -200,18 +200,18 @@ def nearest(request: Request) -> Plan:
     return best
 
 
-def model_flops(training: Training) -> float:
+def model_flops(training: TrainingStep) -> float:
     """FLOPs of a step that the model needs: nothing computed twice, each token seeing half of its sequence."""
     return training.tokens * cost.training_flops(training.config, _context(training))
 
 
-def model_flops_utilization(request: Request, step_s: float) -> float:
+def model_flops_utilization(request: ClusterRequest, step_s: float) -> float:
     """Share of the cluster's matmul peak that goes into the model (MFU)."""
     peak = request.cluster.size * request.cluster.flops_per_s / request.cluster.matmul_share
     return model_flops(request.training) / (step_s * peak)
 
 
-def equation_4_s(request: Request, layout: Layout) -> float:
+def equation_4_s(request: ClusterRequest, layout: Layout) -> float:
     """Seconds of a step with equal stages by the paper's equation, with this model's FLOPs and all its parameters."""
     training, cluster, config = request.training, request.cluster, request.training.config
     flops = cost.training_flops(config, _context(training))
@@ -234,6 +234,6 @@ def equation_4_s(request: Request, layout: Layout) -> float:
     return paper.without_tensor_parallel(step).total
 
 
-def _context(training: Training) -> float:
+def _context(training: TrainingStep) -> float:
     """Tokens that a token attends to on average."""
     return (training.sequence_length + 1) / 2

@@ -86,16 +86,16 @@ def measure_bandwidth(rounds: int = 7) -> Rate:
     machine = read_machine()
     buffers = np.array_split(np.ones(_buffer_bytes(machine), dtype=np.uint8), machine.cores)
     with ThreadPoolExecutor(machine.cores) as pool:
-        return measure(lambda: list(pool.map(np.max, buffers)), work=sum(map(len, buffers)), rounds=rounds)
+        return measure_rate(lambda: list(pool.map(np.max, buffers)), work=sum(map(len, buffers)), rounds=rounds)
 
 
 def measure_matmul(rounds: int = 5, size: int = 1024) -> Rate:
     """FLOP/s of fp32 matrix multiplication in numpy."""
     square = np.ones((size, size), dtype=np.float32)
-    return measure(lambda: square @ square, work=2 * size**3, rounds=rounds)
+    return measure_rate(lambda: square @ square, work=2 * size**3, rounds=rounds)
 
 
-def measure(action: Callable[[], object], *, work: float, rounds: int) -> Rate:
+def measure_rate(action: Callable[[], object], *, work: float, rounds: int) -> Rate:
     """Work a second over several rounds of an action, after one that is not counted."""
     action()
     rates = sorted(work / _seconds(action) for _ in range(rounds))

@@ -66,7 +66,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class Workload:
     """What is asked of a device: a model, the bits of its weights, and sequences side by side with a context each.
 
     Raises UsageError when there is nothing to run.
@@ -93,7 +93,7 @@ class Load:
     def precision(self) -> Precision:
         return self.stored or PRECISIONS[self.bits]
 
-    def with_bits(self, bits: int) -> "Load":
+    def with_bits(self, bits: int) -> "Workload":
         """The same with weights quantized anew."""
         return dataclasses.replace(self, bits=bits, stored=None)
 
@@ -106,7 +106,7 @@ class Remedy:
     total_bytes: int
 
 
-def memory(load: Load) -> Memory:
+def memory(load: Workload) -> Memory:
     """Bytes of a load with every sequence at its full context."""
     tokens = max(min(load.context, PREFILL_TOKENS), load.batch)
     return Memory(
@@ -117,26 +117,26 @@ def memory(load: Load) -> Memory:
     )
 
 
-def fits(load: Load, device: Device) -> bool:
+def fits(load: Workload, device: Device) -> bool:
     return memory(load).total <= device.memory_bytes
 
 
 def highest_bits(config: ModelConfig, device: Device, *, context: int, batch: int = 1) -> int:
     """The most bits with which the model fits the device, or the fewest there are if none does."""
     ordered = sorted(PRECISIONS, reverse=True)
-    loads = (Load(config=config, bits=bits, context=context, batch=batch) for bits in ordered)
+    loads = (Workload(config=config, bits=bits, context=context, batch=batch) for bits in ordered)
     return next((load.bits for load in loads if fits(load, device)), ordered[-1])
 
 
-def load_of(
+def workload_of(
     config: ModelConfig, stored: Precision | None, device: Device, *, context: int, batch: int = 1, kv_bits: int = 16
-) -> Load:
+) -> Workload:
     """A model as it is stored, or where it is not quantized yet with the most bits that fit."""
     bits = min(stored.role_bits.values()) if stored else highest_bits(config, device, context=context, batch=batch)
-    return Load(config=config, bits=bits, context=context, batch=batch, kv_bits=kv_bits, stored=stored)
+    return Workload(config=config, bits=bits, context=context, batch=batch, kv_bits=kv_bits, stored=stored)
 
 
-def decode(load: Load, device: Device, context: int | None = None) -> Speed:
+def decode_speed(load: Workload, device: Device, context: int | None = None) -> Speed:
     """Speed of one token for every sequence, each having seen `context` tokens (by default the load's full context)."""
     seen = load.context if context is None else context
     bytes_read = cost.decode_bytes(load.config, load.precision, context=seen, batch=load.batch, kv_bits=load.kv_bits)
@@ -144,7 +144,7 @@ def decode(load: Load, device: Device, context: int | None = None) -> Speed:
     return _roofline(load, device, load.batch, bytes_read, flops)
 
 
-def prefill(load: Load, device: Device) -> Speed | None:
+def prefill_speed(load: Workload, device: Device) -> Speed | None:
     """Speed of reading a prompt, one piece of it; None where the device's matmul rate, which limits it, is unknown."""
     if device.peak_flops(load.bits) is None:
         return None
@@ -153,7 +153,7 @@ def prefill(load: Load, device: Device) -> Speed | None:
     return _roofline(load, device, tokens, bytes_read, cost.prefill_flops(load.config, tokens))
 
 
-def _roofline(load: Load, device: Device, tokens: int, bytes_read: float, flops: float) -> Speed:
+def _roofline(load: Workload, device: Device, tokens: int, bytes_read: float, flops: float) -> Speed:
     """Speed of one pass over so many tokens."""
     peak = device.peak_flops(load.bits)
     read_s = bytes_read / device.bandwidth
@@ -168,7 +168,7 @@ def _roofline(load: Load, device: Device, tokens: int, bytes_read: float, flops:
     )
 
 
-def remedies(load: Load, device: Device) -> list[Remedy]:
+def device_remedies(load: Workload, device: Device) -> list[Remedy]:
     """Changes that make the load fit: one alone if that is enough, each as small as possible; empty when it fits."""
     if fits(load, device):
         return []
@@ -183,30 +183,30 @@ def remedies(load: Load, device: Device) -> list[Remedy]:
     return [*changes, *_smallest_device(load)]
 
 
-def _shorter_or_fewer(load: Load, device: Device) -> list[Load | None]:
+def _shorter_or_fewer(load: Workload, device: Device) -> list[Workload | None]:
     return [
         _largest_that_fits(load, device, "context", range(SHORTEST_CONTEXT, load.context)),
         _largest_that_fits(load, device, "batch", range(1, load.batch)),
     ]
 
 
-def _largest_that_fits(load: Load, device: Device, field: str, values: Sequence[int]) -> Load | None:
+def _largest_that_fits(load: Workload, device: Device, field: str, values: Sequence[int]) -> Workload | None:
     """The load with the largest of `values` in one field; they ascend, and memory with them."""
 
-    def with_value(value: int) -> Load:
+    def with_value(value: int) -> Workload:
         return load.with_bits(value) if field == "bits" else dataclasses.replace(load, **{field: value})
 
     count = bisect.bisect_left(values, True, key=lambda value: not fits(with_value(value), device))
     return with_value(values[count - 1]) if count else None
 
 
-def _remedy(asked: Load, lighter: Load) -> Remedy:
+def _remedy(asked: Workload, lighter: Workload) -> Remedy:
     changed = [name for name in ("bits", "context", "batch") if getattr(lighter, name) != getattr(asked, name)]
     options = " ".join(f"--{name} {getattr(lighter, name)}" for name in changed)
     return Remedy(options=options, total_bytes=memory(lighter).total)
 
 
-def _smallest_device(load: Load) -> list[Remedy]:
+def _smallest_device(load: Workload) -> list[Remedy]:
     large_enough = [device for device in DEVICES.values() if fits(load, device)]
     if not large_enough:
         return []

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from yuanmoe.checkpoint.adapters.adapter import Adapter, active_parameters, check_source, described, open_adapter
-from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.adapters.adapter import Adapter, active_lora_parameters, check_source, described, open_adapter
+from yuanmoe.checkpoint.open import OpenCheckpoint
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.units import format_size
@@ -29,7 +29,7 @@ class Offered:
     """Of these, at work for one token."""
 
 
-def read_adapters(named: Sequence[str], source: Source, model_id: str) -> dict[str, Adapter]:
+def read_adapters(named: Sequence[str], source: OpenCheckpoint, model_id: str) -> dict[str, Adapter]:
     """The adapters that `NAME=DIRECTORY` each name, of which no weight of the model is needed but norms and routers.
 
     Raises UsageError for names that cannot be told apart, CheckpointError for what is no adapter of this model.
@@ -66,5 +66,5 @@ def offered(adapter: Adapter, config: ModelConfig, fingerprint: str) -> Offered:
     return Offered(
         fingerprint="fp_" + digest.hexdigest()[:10],
         parameters=sum(tensor.numel() for tensor in adapter.tensors.values()),
-        active_parameters=active_parameters(config, adapter.settings),
+        active_parameters=active_lora_parameters(config, adapter.settings),
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from yuanmoe.engine.requests import FinishReason, Output, PromptLogprobs, TokenRouting, TopLogprobs
+from yuanmoe.engine.requests import FinishReason, PromptLogprobs, RequestOutput, TokenRouting, TopLogprobs
 from yuanmoe.text.detokenize import StopStrings, StreamingDetokenizer
 from yuanmoe.text.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ class Answer:
         """Whether a stop string ended the answer, which the engine cannot know."""
         return self._stops.matched is not None
 
-    def push(self, outputs: Iterable[Output]) -> Delta:
+    def push(self, outputs: Iterable[RequestOutput]) -> Delta:
         """What these outputs add; nothing once the answer is finished."""
         delta = Delta()
         for output in outputs:
@@ -71,7 +71,7 @@ class Answer:
                 self._push(output, delta)
         return delta
 
-    def _push(self, output: Output, delta: Delta) -> None:
+    def _push(self, output: RequestOutput, delta: Delta) -> None:
         if self.num_tokens == 0:
             self.reused_tokens = output.reused_tokens
             self.prompt = output.prompt

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from yuanmoe.engine.requests import Output
+from yuanmoe.engine.requests import RequestOutput
 
 
 class Job:
@@ -17,12 +17,12 @@ class Job:
         """When the client began to wait."""
         self._ids: dict[int, int] = {}
         """Live requests: place in the job, id in the engine."""
-        self._pending: list[tuple[int, Output]] = []
+        self._pending: list[tuple[int, RequestOutput]] = []
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self.closed = False
 
-    async def outputs(self) -> list[tuple[int, Output]]:
+    async def outputs(self) -> list[tuple[int, RequestOutput]]:
         """What came since the last call, each with the place of its request; nothing once all have ended.
 
         Raises the error that ended one of them after what came before it, and then ends the others.
@@ -54,7 +54,7 @@ class Job:
     def accepted(self, ids: Sequence[int]) -> None:
         self._ids = dict(enumerate(ids))
 
-    def take(self, index: int, output: Output) -> None:
+    def take(self, index: int, output: RequestOutput) -> None:
         if output.error is not None:
             self._failure = output.error
         else:

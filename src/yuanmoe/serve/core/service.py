@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from yuanmoe.config import ModelConfig
-from yuanmoe.engine.requests import Constraint, Output, Request
+from yuanmoe.engine.requests import Constraint, Request, RequestOutput
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import ContextLengthError, UsageError
 from yuanmoe.serve.core.adapters import Offered
@@ -17,7 +17,7 @@ from yuanmoe.serve.core.answer import Answer, Delta
 from yuanmoe.serve.core.job import Job
 from yuanmoe.serve.core.worker import EngineWorker
 from yuanmoe.serve.openai.errors import ApiError
-from yuanmoe.serve.openai.schema import Generation
+from yuanmoe.serve.openai.schema import GenerationFields
 from yuanmoe.serve.openai.structured import Grammar, Grammars, lark_grammar, regex_grammar
 from yuanmoe.text.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ class Service:
     async def begin(
         self,
         prompts: Sequence[Sequence[int]],
-        body: Generation,
+        body: GenerationFields,
         *,
         max_new_tokens: int | None,
         top_logprobs: int = 0,
@@ -110,7 +110,7 @@ class Service:
             ]
         )
 
-    def _params(self, body: Generation, max_new_tokens: int | None, place: int) -> SamplingParams:
+    def _params(self, body: GenerationFields, max_new_tokens: int | None, place: int) -> SamplingParams:
         given: dict[str, Any] = {"temperature": 1.0} | {
             name: value
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", *PENALTIES)
@@ -144,7 +144,7 @@ def _token_id(name: str) -> int:
     return int(name)
 
 
-def _guided(body: Generation) -> Grammar | None:
+def _guided(body: GenerationFields) -> Grammar | None:
     if body.guided_regex is not None and body.guided_grammar is not None:
         raise UsageError("guided_regex and guided_grammar exclude each other; leave one out")
     if body.guided_regex is not None:
@@ -167,7 +167,7 @@ async def off_loop(work: Callable[[], T], characters: int) -> T:
 async def updates(job: Job, answers: Sequence[Answer]) -> AsyncIterator[list[Update]]:
     """What comes to the answers, choices that move together in one list; ends what a stop string ended."""
     while outputs := await job.outputs():
-        by_choice: dict[int, list[Output]] = {}
+        by_choice: dict[int, list[RequestOutput]] = {}
         for index, output in outputs:
             by_choice.setdefault(index, []).append(output)
         moved = []
@@ -179,7 +179,7 @@ async def updates(job: Job, answers: Sequence[Answer]) -> AsyncIterator[list[Upd
         yield moved
 
 
-def stop_texts(body: Generation) -> list[str]:
+def stop_texts(body: GenerationFields) -> list[str]:
     return [body.stop] if isinstance(body.stop, str) else body.stop or []
 
 

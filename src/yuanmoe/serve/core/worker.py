@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from yuanmoe.engine.requests import Output, Request, Stats
+from yuanmoe.engine.requests import Request, RequestOutput, Stats
 from yuanmoe.serve.core.job import Job
 from yuanmoe.serve.openai.errors import UnavailableError
 
@@ -33,7 +33,7 @@ class AnyEngine(Protocol):
 
     def submit(self, request: Request) -> int: ...
     def cancel(self, request_id: int) -> bool: ...
-    def step(self) -> list[Output]: ...
+    def step(self) -> list[RequestOutput]: ...
     @property
     def has_work(self) -> bool: ...
     def stats(self) -> Stats: ...
@@ -205,7 +205,7 @@ class EngineWorker:
         if not answer.done():
             answer.set_result(None)
 
-    def _arrive(self, now: float, outputs: Sequence[Output]) -> None:
+    def _arrive(self, now: float, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
             place = self._places.get(output.request_id)
             if place is None:  # cancelled while the step ran

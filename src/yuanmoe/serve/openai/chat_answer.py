@@ -13,7 +13,7 @@ from yuanmoe.serve.core.routing import encode_routings
 from yuanmoe.serve.core.service import Service, new_id, stop_texts, updates, usage
 from yuanmoe.serve.openai.events import event
 from yuanmoe.serve.openai.schema import ChatRequest
-from yuanmoe.serve.openai.tools import Call, CallParser
+from yuanmoe.serve.openai.tools import CallParser, ParsedCall
 
 
 class ChatAnswer:
@@ -89,7 +89,7 @@ class _Choice:
         """The choices of the chunks that say a delta: what it adds, if anything, and the end, if this is it."""
         pieces, extras = self._read(delta)
         added: dict[str, Any] = {}
-        first_call = self._num_calls - sum(isinstance(piece, Call) for piece in pieces)
+        first_call = self._num_calls - sum(isinstance(piece, ParsedCall) for piece in pieces)
         if text := _text(pieces):
             added["content"] = text
         if calls := _calls(pieces):
@@ -104,13 +104,13 @@ class _Choice:
         reason = self.answer.finish_reason
         return "tool_calls" if reason == "stop" and self._num_calls else reason
 
-    def _read(self, delta: Delta) -> tuple[list[str | Call], dict[str, Any]]:
+    def _read(self, delta: Delta) -> tuple[list[str | ParsedCall], dict[str, Any]]:
         """A delta's text and calls, and what was asked for about its tokens."""
-        pieces: list[str | Call] = [delta.text]
+        pieces: list[str | ParsedCall] = [delta.text]
         if self._calls is not None:
             pieces = list(self._calls.push(delta.text))
             pieces += self._calls.flush() if self.answer.finish_reason is not None else ()
-            self._num_calls += sum(isinstance(piece, Call) for piece in pieces)
+            self._num_calls += sum(isinstance(piece, ParsedCall) for piece in pieces)
         extras: dict[str, Any] = {}
         if self._logprobs and delta.tokens:
             extras["logprobs"] = {"content": [self._logprob(said) for said in delta.tokens], "refusal": None}
@@ -128,15 +128,15 @@ def _part(index: int, delta: dict[str, Any], finish_reason: str | None = None) -
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _text(pieces: Sequence[str | Call]) -> str:
+def _text(pieces: Sequence[str | ParsedCall]) -> str:
     return "".join(piece for piece in pieces if isinstance(piece, str))
 
 
-def _calls(pieces: Sequence[str | Call]) -> list[dict[str, Any]]:
+def _calls(pieces: Sequence[str | ParsedCall]) -> list[dict[str, Any]]:
     return [
         {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         for call in pieces
-        if isinstance(call, Call)
+        if isinstance(call, ParsedCall)
     ]
 
 

@@ -28,7 +28,7 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Generation(Strict):
+class GenerationFields(Strict):
     """What both kinds of completion share."""
 
     model: str | None = None
@@ -52,13 +52,13 @@ class Generation(Strict):
     routing: bool = Field(False, description="Extension: say which experts each token visited, with their weights.")
 
     @model_validator(mode="after")
-    def _streams_with_its_options(self) -> "Generation":
+    def _streams_with_its_options(self) -> "GenerationFields":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
         return self
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationFields):
     """`POST /v1/completions`."""
 
     prompt: str | TokenIds | Prompts
@@ -154,7 +154,7 @@ class SchemaFormat(Strict):
     json_schema: JsonSchema
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationFields):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]

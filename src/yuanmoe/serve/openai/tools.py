@@ -20,7 +20,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 RESULT = "<tool_result>{}</tool_result>"
 
 
-class Call(NamedTuple):
+class ParsedCall(NamedTuple):
     """A function that the model wants called."""
 
     id: str
@@ -109,7 +109,7 @@ class CallParser:
         self._held = ""
         self._called = False
 
-    def push(self, text: str) -> Iterator[str | Call]:
+    def push(self, text: str) -> Iterator[str | ParsedCall]:
         """Text and calls that are whole now; an opened call is held back until it is closed."""
         self._held += text
         while (start := self._held.find(OPEN)) >= 0:
@@ -127,7 +127,7 @@ class CallParser:
         ready, self._held = self._held[:sure], self._held[sure:]
         yield from self._text(ready)
 
-    def flush(self) -> Iterator[str | Call]:
+    def flush(self) -> Iterator[str | ParsedCall]:
         """What was held back, when nothing follows: text, since a call would have been closed."""
         held, self._held = self._held, ""
         yield from self._text(held)
@@ -138,7 +138,7 @@ class CallParser:
             yield text
 
 
-def _parse(text: str) -> tuple[Call, int] | None:
+def _parse(text: str) -> tuple[ParsedCall, int] | None:
     """The call that a text begins with, and where it ends."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, len(OPEN))
@@ -149,7 +149,7 @@ def _parse(text: str) -> tuple[Call, int] | None:
     name, arguments = value.get("name"), value.get("arguments")
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    call = Call(f"call_{secrets.token_hex(12)}", name, json.dumps(arguments, ensure_ascii=False))
+    call = ParsedCall(f"call_{secrets.token_hex(12)}", name, json.dumps(arguments, ensure_ascii=False))
     return call, end + len(CLOSE)
 
 

@@ -32,7 +32,7 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Part(ABC):
+class StatePart(ABC):
     """A rank's part of a parameter's master."""
 
     def __init__(self, parameter: nn.Parameter, master: nn.Parameter, group: ProcessGroup | None) -> None:
@@ -67,7 +67,7 @@ class Part(ABC):
         self.parameter.grad = self.master.grad = None
 
 
-class WholePart(Part):
+class WholePart(StatePart):
     """Everything; other ranks of the group do the same work."""
 
     def __init__(self, parameter: nn.Parameter, group: ProcessGroup | None) -> None:
@@ -95,7 +95,7 @@ class WholePart(Part):
             self.parameter.copy_(self.master)
 
 
-class RangePart(Part):
+class RangePart(StatePart):
     """An equal range of the flattened parameter."""
 
     def __init__(self, parameter: nn.Parameter, group: ProcessGroup) -> None:
@@ -134,7 +134,7 @@ class RangePart(Part):
         return F.pad(flat, (0, length - len(flat)))
 
 
-class RowsPart(Part):
+class RowsPart(StatePart):
     """The rows of a parameter that FSDP2 sharded."""
 
     def __init__(self, parameter: nn.Parameter, group: ProcessGroup, computed_in: torch.dtype) -> None:
@@ -157,7 +157,7 @@ class RowsPart(Part):
         """Nothing: the master lies in the parameter's memory."""
 
 
-def part_of(name: str, parameter: nn.Parameter, ranks: Ranks, computed_in: torch.dtype) -> Part:
+def part_of(name: str, parameter: nn.Parameter, ranks: Ranks, computed_in: torch.dtype) -> StatePart:
     """This rank's part of a parameter of that name."""
     group = ranks.group_of(name)
     if isinstance(parameter, DTensor):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import P2POp
 
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.train.parallel.stages import Stages, state_dtype
 from yuanmoe.train.recipe.recipe import BalanceSettings
 from yuanmoe.train.steps.balance import balance_loss
@@ -29,21 +29,21 @@ from yuanmoe.train.steps.step import Learned, StepSize, Windows, expert_load
 Schedule = Literal["1f1b", "gpipe"]
 
 
-class Pass(NamedTuple):
+class PipelineAction(NamedTuple):
     """One thing that a stage does: the forward or the backward pass of a micro-batch."""
 
     kind: Literal["forward", "backward"]
     micro_batch: int
 
 
-def passes(schedule: Schedule, stage: int, num_stages: int, micro_batches: int) -> Iterator[Pass]:
+def passes(schedule: Schedule, stage: int, num_stages: int, micro_batches: int) -> Iterator[PipelineAction]:
     """What a stage does, in order: some forward passes ahead, then backward passes as soon as they can be."""
     ahead = micro_batches if schedule == "gpipe" else min(num_stages - stage - 1, micro_batches)
     for turn in range(micro_batches + ahead):
         if turn < micro_batches:
-            yield Pass("forward", turn)
+            yield PipelineAction("forward", turn)
         if turn >= ahead:
-            yield Pass("backward", turn - ahead)
+            yield PipelineAction("backward", turn - ahead)
 
 
 class Mail:
@@ -84,7 +84,7 @@ class _Flight(NamedTuple):
 class _Step:
     """One step of one stage: its micro-batches in flight, and what they said."""
 
-    def __init__(self, model: YuanForCausalLM, stages: Stages, parts: Sequence[Windows], count: int) -> None:
+    def __init__(self, model: CausalLM, stages: Stages, parts: Sequence[Windows], count: int) -> None:
         self.losses = [torch.zeros((), device=parts[0].ids.device)] * len(parts)
         """Of micro-batches; 0 on all stages but the last."""
         self.extra = torch.zeros((), device=parts[0].ids.device)
@@ -149,7 +149,7 @@ class _Step:
 
 
 def learn_in_pipeline(
-    model: YuanForCausalLM,
+    model: CausalLM,
     stages: Stages,
     windows: Windows,
     windows_at_once: int,
@@ -174,7 +174,7 @@ def learn_in_pipeline(
     return _shared(stages, work)
 
 
-def losses_in_pipeline(model: YuanForCausalLM, stages: Stages, windows: Windows, windows_at_once: int) -> list[float]:
+def losses_in_pipeline(model: CausalLM, stages: Stages, windows: Windows, windows_at_once: int) -> list[float]:
     """The losses of `windows`, some at a time, summed over the tokens that are learned; without dropout."""
     training = model.training
     model.eval()
@@ -188,7 +188,7 @@ def losses_in_pipeline(model: YuanForCausalLM, stages: Stages, windows: Windows,
     return losses.tolist()
 
 
-def evaluate_in_pipeline(model: YuanForCausalLM, stages: Stages, windows: Windows, windows_at_once: int = 32) -> float:
+def evaluate_in_pipeline(model: CausalLM, stages: Stages, windows: Windows, windows_at_once: int = 32) -> float:
     """Mean loss of `windows` in nats a learned token, without dropout."""
     return math.fsum(losses_in_pipeline(model, stages, windows, windows_at_once)) / max(windows.num_learned, 1)
 

@@ -20,13 +20,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from yuanmoe.checkpoint.formats.mapping import layout
-from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM, DecoderLayer
 from yuanmoe.model.experts import MixtureOfExperts
 from yuanmoe.train.parallel.expert_parallel import is_expert, shard_experts
 from yuanmoe.train.parallel.ranks import ALONE, Ranks
 
 
-def sharded(model: YuanForCausalLM, ranks: Ranks) -> YuanForCausalLM:
+def sharded(model: CausalLM, ranks: Ranks) -> CausalLM:
     """`model`, the same on all ranks, of which this one then holds what the layout gives it."""
     if ranks.stages is not None:
         ranks.stages.cut(model)
@@ -37,7 +37,7 @@ def sharded(model: YuanForCausalLM, ranks: Ranks) -> YuanForCausalLM:
     return model
 
 
-def _fully_sharded(model: YuanForCausalLM, ranks: Ranks) -> None:
+def _fully_sharded(model: CausalLM, ranks: Ranks) -> None:
     weight = model.model.norm.weight
     dtype, device = weight.dtype, weight.device.type
     assert ranks.data is not None, "there are ranks to share with"
@@ -72,7 +72,7 @@ def _unit(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
 
 
 @contextmanager
-def ready_to_use(model: YuanForCausalLM, ranks: Ranks = ALONE) -> Iterator[YuanForCausalLM | None]:
+def ready_to_use(model: CausalLM, ranks: Ranks = ALONE) -> Iterator[CausalLM | None]:
     """The model as it is in use, without dropout, for what calls its parts; all ranks must make the same passes.
 
     Of a pipeline the leading rank has a copy of the whole for as long as it is used, and the others have nothing to do.
@@ -89,7 +89,7 @@ def ready_to_use(model: YuanForCausalLM, ranks: Ranks = ALONE) -> Iterator[YuanF
         model.reshard()
 
 
-def whole_weights(model: YuanForCausalLM, ranks: Ranks, dtype: torch.dtype) -> dict[str, Tensor]:
+def whole_weights(model: CausalLM, ranks: Ranks, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights of the whole model in memory that nothing else uses; nothing on ranks that do not lead.
 
     One tensor at a time is gathered, by all ranks together.
@@ -111,7 +111,7 @@ def whole_weights(model: YuanForCausalLM, ranks: Ranks, dtype: torch.dtype) -> d
 
 
 def _brought(
-    tensor: Tensor | None, holder: int, shape: tuple[int, ...], model: YuanForCausalLM, ranks: Ranks
+    tensor: Tensor | None, holder: int, shape: tuple[int, ...], model: CausalLM, ranks: Ranks
 ) -> Tensor | None:
     """A weight of another stage on the leading rank, which it goes to from the first data rank of that stage."""
     stages = ranks.stages
@@ -126,14 +126,14 @@ def _brought(
     return tensor
 
 
-def _assembled(model: YuanForCausalLM, ranks: Ranks) -> YuanForCausalLM | None:
+def _assembled(model: CausalLM, ranks: Ranks) -> CausalLM | None:
     """The whole model of a pipeline, on the leading rank."""
     like = next(model.parameters())
     weights = whole_weights(model, ranks, like.dtype)
     if not ranks.leads:
         return None
     with torch.device("meta"):
-        whole = YuanForCausalLM(model.config)
+        whole = CausalLM(model.config)
     whole.load_state_dict({name: weight.to(like.device) for name, weight in weights.items()}, assign=True)
     return whole.eval()
 

@@ -22,7 +22,7 @@ from torch.distributed import P2POp, ProcessGroup
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM, DecoderLayer
 from yuanmoe.model.router import Routing
 from yuanmoe.model.state.sequences import Sequences
 from yuanmoe.plan.cluster.layout import check_stages
@@ -31,7 +31,7 @@ from yuanmoe.train.steps.step import Windows, head_loss
 
 EMBEDDING = "model.embed_tokens.weight"
 
-_Model = TypeVar("_Model", bound=YuanForCausalLM)
+_Model = TypeVar("_Model", bound=CausalLM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ class Stages:
         return model
 
     def forward(
-        self, model: YuanForCausalLM, incoming: Tensor | None, windows: Windows, count: int
+        self, model: CausalLM, incoming: Tensor | None, windows: Windows, count: int
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What this stage makes of `incoming` [N, D], which is None on the first: the next stage's input, or on the
         last the loss of `windows`, the sum over what is learned divided by `count`; and its layers' routings."""
@@ -126,7 +126,7 @@ class Elsewhere(nn.Module):
         return x, None
 
 
-def state_dtype(model: YuanForCausalLM) -> torch.dtype:
+def state_dtype(model: CausalLM) -> torch.dtype:
     """Of what passes between layers: that of the norms, whatever the matrices have."""
     layer = next(layer for layer in model.model.layers if isinstance(layer, DecoderLayer))
     return layer.input_layernorm.weight.dtype

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from yuanmoe.data.loader.fim import FillInMiddle
-from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, Source, measuring_windows
-from yuanmoe.data.sets.datasets import check_fits, open_documents
+from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, WeightedDocuments, measuring_windows
+from yuanmoe.data.sets.datasets import check_datasets_fit, open_documents
 from yuanmoe.data.sets.manifest import MANIFEST
 from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.errors import DataError
@@ -54,13 +54,15 @@ def open_data(
     first dataset serves where none is named. Raises DataError for missing or damaged datasets, for too little text
     and for text of another tokenizer, and TokenizerError for a tokenizer of another model.
     """
-    trained = [Source(documents=open_documents(_part(path, TRAIN)), weight=weight) for weight, path in places]
+    trained = [
+        WeightedDocuments(documents=open_documents(_part(path, TRAIN)), weight=weight) for weight, path in places
+    ]
     beside = [path / HELDOUT for _, path in places if _part(path, HELDOUT) != path]
-    measured = [Source(documents=open_documents(_part(path, HELDOUT))) for path in [*beside, *heldout]]
+    measured = [WeightedDocuments(documents=open_documents(_part(path, HELDOUT))) for path in [*beside, *heldout]]
     words = tokenizer or _tokenizer_of(trained)
     loaded = load_tokenizer(words)
     options = _options(recipe, loaded)
-    check_fits([*trained, *measured], options, recipe.model, loaded)
+    check_datasets_fit([*trained, *measured], options, recipe.model, loaded)
     loader = Loader(trained, options)
     return TrainingData(
         batch=loader.batch,
@@ -76,7 +78,7 @@ def _part(path: Path, name: str) -> Path:
     return path / name if (path / name / MANIFEST).is_file() else path
 
 
-def _tokenizer_of(sources: Sequence[Source]) -> Path:
+def _tokenizer_of(sources: Sequence[WeightedDocuments]) -> Path:
     for source in sources:
         if isinstance(source.documents, PackedTokens):
             return source.documents.path
@@ -98,7 +100,7 @@ def _options(recipe: Recipe, tokenizer: Tokenizer) -> LoaderOptions:
     )
 
 
-def _measured(sources: Sequence[Source], length: int) -> Batch | None:
+def _measured(sources: Sequence[WeightedDocuments], length: int) -> Batch | None:
     """Windows of all held-out sources, an equal number of each at most."""
     if not sources:
         return None
@@ -108,13 +110,13 @@ def _measured(sources: Sequence[Source], length: int) -> Batch | None:
     return Batch(**joined)
 
 
-def _bytes_per_token(sources: Sequence[Source]) -> float | None:
+def _bytes_per_token(sources: Sequence[WeightedDocuments]) -> float | None:
     manifests = [each.documents.manifest for each in sources if isinstance(each.documents, PackedTokens)]
     if len(manifests) < len(sources) or any(each.trained_tokens is not None for each in manifests):
         return None
     return sum(each.text_bytes for each in manifests) / sum(each.num_tokens for each in manifests)
 
 
-def _name(source: Source) -> str:
+def _name(source: WeightedDocuments) -> str:
     documents = source.documents
     return f"{documents.num_tokens} tokens, {documents.fingerprint[:16]}, weight {source.weight:g}"

@@ -10,21 +10,21 @@ from torch.utils.checkpoint import checkpoint
 from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.formats.native_config import parse_dtype
 from yuanmoe.checkpoint.load import load_state
-from yuanmoe.checkpoint.open import Source
+from yuanmoe.checkpoint.open import OpenCheckpoint
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
-from yuanmoe.model.decoder import DecoderLayer, YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM, DecoderLayer
 from yuanmoe.train.recipe.recipe import Recipe, RunSettings
 
 _COMPUTED = ("rope_theta", "rope_angles", "packing", "attention_dropout")
 """Fields of a model that change what is computed and no weight."""
 
 
-def new_model(recipe: Recipe, device: torch.device | str = "cpu") -> YuanForCausalLM:
+def new_model(recipe: Recipe, device: torch.device | str = "cpu") -> CausalLM:
     """The recipe's model with random weights that depend on its seed alone."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(recipe.run.seed)
-        model = YuanForCausalLM(recipe.model).initialize()
+        model = CausalLM(recipe.model).initialize()
         if recipe.run.embedding_std is not None:
             nn.init.normal_(model.model.embed_tokens.weight, std=recipe.run.embedding_std)
     return prepared(model.to(device, parse_dtype(recipe.run.dtype)), recipe.run)
@@ -48,7 +48,7 @@ def on_weights(recipe: Recipe, weights: ModelConfig) -> Recipe:
     )
 
 
-def loaded_model(recipe: Recipe, source: Source, device: torch.device | str = "cpu") -> YuanForCausalLM:
+def loaded_model(recipe: Recipe, source: OpenCheckpoint, device: torch.device | str = "cpu") -> CausalLM:
     """The recipe's model with the weights of a checkpoint.
 
     Raises UsageError for weights in few bits, and for those of a model of other sizes.
@@ -70,12 +70,12 @@ def loaded_model(recipe: Recipe, source: Source, device: torch.device | str = "c
             assert name.endswith(".router.bias"), f"{name} is new, though only biases may be"
             state[name] = torch.zeros(shape, dtype=dtype, device=device)
     with torch.device("meta"):
-        model = YuanForCausalLM(recipe.model)
+        model = CausalLM(recipe.model)
     model.load_state_dict(state, assign=True)
     return prepared(model.requires_grad_(), recipe.run)
 
 
-def prepared(model: YuanForCausalLM, run: RunSettings) -> YuanForCausalLM:
+def prepared(model: CausalLM, run: RunSettings) -> CausalLM:
     """`model` as the run wants it: the attention half of its layers compiled, its layers computed twice to keep less.
 
     Parameters and names stay the same.

@@ -39,7 +39,7 @@ from yuanmoe.checkpoint.formats.native_config import Origin, native_config
 from yuanmoe.checkpoint.write.save import COMPANIONS
 from yuanmoe.checkpoint.write.writer import Contents, silent, write_checkpoint
 from yuanmoe.errors import CheckpointError, YuanError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.storage.folder import disk_errors
 from yuanmoe.storage.json_file import read_json
 from yuanmoe.train.parallel.ranks import ALONE, Ranks, new_group
@@ -86,7 +86,7 @@ def adapter_snapshot(adapter: Adapter, tensors: Mapping[str, Tensor], facts: Map
 
 
 def snapshot(
-    model: YuanForCausalLM,
+    model: CausalLM,
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
     origin: Origin,
@@ -117,7 +117,9 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def write(taken: Snapshot, dst: Path, companions: Path | None, pieces: Mapping[Path, Entry] | None = None) -> None:
+def write_snapshot(
+    taken: Snapshot, dst: Path, companions: Path | None, pieces: Mapping[Path, Entry] | None = None
+) -> None:
     """Writes a snapshot as `dst`, with the tokenizer in the folder `companions`: whole or not at all.
 
     `pieces` of the training state that are written already move in instead of the snapshot's tensors.
@@ -240,7 +242,7 @@ class Checkpoints:
         """The leading rank makes the checkpoint of the pieces and the rest, and drops what has become surplus."""
         with self._together():
             if self._ranks.leads:
-                write(taken, place, self._companions, pieces)
+                write_snapshot(taken, place, self._companions, pieces)
                 shutil.rmtree(place.with_name(place.name + _PIECES), ignore_errors=True)
                 self._drop_surplus()
 

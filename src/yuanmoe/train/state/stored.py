@@ -18,7 +18,7 @@ from yuanmoe.errors import CheckpointError
 TENSORS = "training.safetensors"
 
 
-def key_of(name: str, start: int | None) -> str:
+def state_key(name: str, start: int | None) -> str:
     """The key of a tensor, or of a piece of it from an element on."""
     return name if start is None else f"{name}@{start}"
 

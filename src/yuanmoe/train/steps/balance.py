@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.train.recipe.recipe import BalanceSettings
 
@@ -47,7 +47,7 @@ class RouterBiases:
     The sums are kept in float32; the model computes with what its dtype makes of them.
     """
 
-    def __init__(self, model: YuanForCausalLM, rate: float) -> None:
+    def __init__(self, model: CausalLM, rate: float) -> None:
         self._rate = rate
         self._buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.bias")]
         self._sums = {name: buffer.float() for name, buffer in self._buffers}

@@ -20,7 +20,7 @@ from torch import Tensor
 from yuanmoe.checkpoint.formats.native_config import parse_dtype
 from yuanmoe.data.loader.loader import Batch
 from yuanmoe.errors import DataError
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.train.parallel.ranks import ALONE, Ranks
 from yuanmoe.train.recipe.recipe import Recipe
 from yuanmoe.train.state.stored import Stored
@@ -73,7 +73,7 @@ class Training:
 
     def __init__(
         self,
-        model: YuanForCausalLM,
+        model: CausalLM,
         recipe: Recipe,
         batch: Callable[[int], Batch],
         heldout: Batch | None = None,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from yuanmoe.checkpoint.adapters.adapter import active_parameters
+from yuanmoe.checkpoint.adapters.adapter import active_lora_parameters
 from yuanmoe.plan import cost
 from yuanmoe.train.recipe.recipe import Recipe
 from yuanmoe.train.steps.loop import Progress
@@ -31,7 +31,7 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class MeterReading:
     """Of the last steps."""
 
     loss: float
@@ -48,15 +48,15 @@ def flops_per_token(recipe: Recipe) -> float:
     context = (recipe.data.sequence_length + 1) / 2
     if recipe.lora is None:
         return cost.training_flops(recipe.model, context)
-    return cost.adapting_flops(recipe.model, active_parameters(recipe.model, recipe.lora), context)
+    return cost.adapting_flops(recipe.model, active_lora_parameters(recipe.model, recipe.lora), context)
 
 
-def read(recent: Sequence[Progress], recipe: Recipe) -> Reading:
+def read(recent: Sequence[Progress], recipe: Recipe) -> MeterReading:
     """What these steps say."""
     rate = len(recent) * recipe.data.tokens_per_step / sum(each.step_s for each in recent)
     layers = zip(*(each.load for each in recent), strict=True)
     load = [[sum(counts) for counts in zip(*layer, strict=True)] for layer in layers]
-    return Reading(
+    return MeterReading(
         loss=sum(each.loss for each in recent) / len(recent),
         tokens_per_s=rate,
         flops_per_s=rate * flops_per_token(recipe),
@@ -79,7 +79,7 @@ def balance(load: Sequence[int]) -> Balance:
     )
 
 
-def metrics(progress: Progress, reading: Reading) -> dict[str, Any]:
+def metrics(progress: Progress, reading: MeterReading) -> dict[str, Any]:
     """One line of a run's metrics: the step, and what the last steps say together; the load where it was measured."""
     line = {name: value for name, value in asdict(progress).items() if name != "load" and value is not None}
     line |= {"recent_loss": reading.loss, "tokens_per_s": reading.tokens_per_s, "flops_per_s": reading.flops_per_s}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yuanmoe.train.parallel.part import part_of
 from yuanmoe.train.parallel.ranks import ALONE, Ranks
 from yuanmoe.train.recipe.recipe import OptimizerSettings
-from yuanmoe.train.state.stored import Stored, key_of
+from yuanmoe.train.state.stored import Stored, state_key
 
 _MASTER, _MEAN, _SQUARE = "master.", "exp_avg.", "exp_avg_sq."
 
@@ -74,7 +74,7 @@ class Optimizer:
             held = {_MASTER: part.master} if part.rounds else {}
             held |= {_MEAN: state["exp_avg"], _SQUARE: state["exp_avg_sq"]} if state else {}
             for kind, tensor in held.items() if part.writes and part.master.numel() else ():
-                found[key_of(kind + name, part.start if part.is_range else None)] = tensor.detach()
+                found[state_key(kind + name, part.start if part.is_range else None)] = tensor.detach()
         return {key: tensor.flatten() if "@" in key else tensor for key, tensor in found.items()}
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from yuanmoe.data.loader.loader import Batch
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.train.parallel.pipeline import evaluate_in_pipeline, learn_in_pipeline, losses_in_pipeline
 from yuanmoe.train.parallel.ranks import Ranks
 from yuanmoe.train.recipe.recipe import BalanceSettings
@@ -19,7 +19,7 @@ from yuanmoe.train.steps.step import Learned, StepSize, Windows, evaluate, learn
 class Passes:
     """The passes of this rank's model."""
 
-    def __init__(self, model: YuanForCausalLM, ranks: Ranks) -> None:
+    def __init__(self, model: CausalLM, ranks: Ranks) -> None:
         self._model, self._ranks, self._stages = model, ranks, ranks.stages
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from yuanmoe.data.loader.loader import Batch
-from yuanmoe.model.decoder import YuanForCausalLM
+from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.router import Routing
 from yuanmoe.ops.cross_entropy import head_cross_entropy
 from yuanmoe.train.recipe.recipe import BalanceSettings
@@ -61,15 +61,13 @@ class Windows(NamedTuple):
             yield Windows(self.ids[rows], learned, documents)
 
 
-def forward_loss(
-    model: YuanForCausalLM, windows: Windows, count: int | None = None
-) -> tuple[Tensor, tuple[Routing, ...]]:
+def forward_loss(model: CausalLM, windows: Windows, count: int | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
     """Mean cross-entropy of the tokens of `windows` that are learned, or their sum over another `count`."""
     hidden, routings = model.read(windows.ids[:, :-1], windows.documents)
     return head_loss(model, hidden, windows, count), routings
 
 
-def head_loss(model: YuanForCausalLM, hidden: Tensor, windows: Windows, count: int | None = None) -> Tensor:
+def head_loss(model: CausalLM, hidden: Tensor, windows: Windows, count: int | None = None) -> Tensor:
     """The same of the final hidden states [B, S, D] of `windows`."""
     targets = windows.ids[:, 1:]
     chosen = (slice(None), slice(None)) if windows.learned is None else windows.learned
@@ -93,7 +91,7 @@ class StepSize(NamedTuple):
 
 
 def learn(
-    model: YuanForCausalLM,
+    model: CausalLM,
     windows: Windows,
     windows_at_once: int,
     balance: BalanceSettings,
@@ -126,13 +124,13 @@ def expert_load(routing: Routing) -> Tensor:
     return torch.bincount(routing.experts.flatten(), minlength=routing.logits.shape[1])
 
 
-def window_losses(model: YuanForCausalLM, windows: Windows) -> list[float]:
+def window_losses(model: CausalLM, windows: Windows) -> list[float]:
     """The loss of each of `windows` by itself, as the model is in use: without dropout."""
     return [evaluate(model, window) for window in windows.split(1)]
 
 
 @torch.inference_mode()
-def evaluate(model: YuanForCausalLM, windows: Windows, batch_size: int = 32) -> float:
+def evaluate(model: CausalLM, windows: Windows, batch_size: int = 32) -> float:
     """Mean loss of `windows` in nats a learned token, as the model is in use: without dropout."""
     training = model.training
     model.eval()
