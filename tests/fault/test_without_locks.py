@@ -15,7 +15,7 @@ def python(program, *arguments):
 
 def test_the_shipped_model_loads_and_answers():
     result = python(
-        "import yuanmoe\nprint(len(yuanmoe.load('small', device='cpu').generate('def f', max_new_tokens=4).token_ids))"
+        "import yuanmoe\nprint(len(yuanmoe.load('small', device='cpu').generate('def f', max_new_tokens=4).ids))"
     )
     assert (result.returncode, result.stdout) == (0, "4\n"), result.stderr
 
