@@ -49,9 +49,12 @@ arm64: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
-$(VENV)/.created:
+$(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"yuanmoe needs Python 3.11 or newer, this is {v[0]}.{v[1]}; name another with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.created: $(VENV)/.python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@touch $@
 
@@ -67,7 +70,7 @@ $(VENV)/.docs: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
-$(VENV)/.release: pyproject.toml $(VENV)/.created
+$(VENV)/.release: pyproject.toml $(VENV)/.python
 	$(BIN)/python -m pip install --quiet 'build>=1.2' 'twine>=6.1' $(if $(filter Linux,$(shell uname)),'auditwheel>=6.2')
 	@touch $@
 
