@@ -32,7 +32,7 @@ docs: $(VENV)/.docs
 # The source archive, the wheel made of it, and the wheel alone in an empty environment, away from the sources.
 wheel: $(VENV)/.release
 	rm -rf dist
-	YUANMOE_RELEASE=1 $(BIN)/python -m build --outdir dist
+	YUANMOE_RELEASE=1 $(BIN)/python -m build --quiet --outdir dist
 	$(BIN)/twine check --strict dist/*
 	if [ "$$(uname)" = Linux ]; then $(BIN)/auditwheel show dist/*.whl; fi
 	set -e; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
@@ -71,7 +71,7 @@ $(VENV)/.docs: $(VENV)/.core
 	@touch $@
 
 $(VENV)/.release: pyproject.toml $(VENV)/.python
-	$(BIN)/python -m pip install --quiet 'build>=1.2' 'twine>=6.1' $(if $(filter Linux,$(shell uname)),'auditwheel>=6.2')
+	$(BIN)/python -m pip install --quiet 'build>=1.6' 'twine>=6.1' $(if $(filter Linux,$(shell uname)),'auditwheel>=6.2')
 	@touch $@
 
 clean:
