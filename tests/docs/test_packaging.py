@@ -74,6 +74,20 @@ def test_every_file_beside_the_code_is_packaged():
     assert left_out == []
 
 
+def test_every_folder_of_code_is_a_package():
+    folders = {path.parent for path in (ROOT / "src" / "yuanmoe").rglob("*.py")}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
+def test_what_git_ignores_is_no_source():
+    """Patterns without a leading slash match at any depth, and ruff leaves out what git ignores."""
+    ignored = [
+        line for line in (ROOT / ".gitignore").read_text().splitlines() if line.endswith("/") and line[0] not in "./#_"
+    ]
+    names = {path.name for path in (ROOT / "src" / "yuanmoe").rglob("*") if path.is_dir()}
+    assert [line for line in ignored if line.rstrip("/") in names] == []
+
+
 def test_versions_agree():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PROJECT["project"]["version"]
