@@ -13,7 +13,7 @@ INSTALLED = Path(yuanmoe.__file__).parent
 
 
 def test_it_is_the_wheel_and_not_a_source_tree():
-    assert INSTALLED.parent == Path(sysconfig.get_path("platlib"))
+    assert INSTALLED.parent.resolve() == Path(sysconfig.get_path("platlib")).resolve()
     tags = [line for line in distribution("yuanmoe").read_text("WHEEL").splitlines() if line.startswith("Tag:")]
     assert tags
     assert all(tag.startswith("Tag: py3-none-") and not tag.endswith("-any") for tag in tags), tags
