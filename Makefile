@@ -4,7 +4,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format setup clean
+# make's output is the project's own: pip neither greets nor advertises itself.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check format setup clean docs wheel arm64
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -23,11 +26,35 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+# The source archive, the wheel made of it, and the wheel alone in an empty environment, away from the sources.
+wheel: $(VENV)/.release
+	rm -rf dist
+	YUANMOE_RELEASE=1 $(BIN)/python -m build --quiet --outdir dist
+	$(BIN)/twine check --strict dist/*
+	if [ "$$(uname)" = Linux ]; then $(BIN)/auditwheel show dist/*.whl; fi
+	set -e; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
+	$(PYTHON) -m venv "$$away/venv"; cp -R tests/smoke "$$away"; cd "$$away"; \
+	venv/bin/python -m pip install --quiet "$(TORCH)"; \
+	venv/bin/python -m pip install --quiet "$(CURDIR)"/dist/*.whl pytest; \
+	venv/bin/python -m pytest -q -W error smoke/test_installed.py smoke/released_wheel.py
+
+# The kernels for 64-bit ARM, cross-compiled and run on an emulated CPU.
+arm64: $(VENV)/.dev
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \
+	  command -v $$tool >/dev/null || { echo "$$tool is missing; Debian: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	$(BIN)/pytest tests/parity/test_native_arm64.py
+
 setup: $(VENV)/.dev
 
-$(VENV)/.created:
+$(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"yuanmoe needs Python 3.11 or newer, this is {v[0]}.{v[1]}; name another with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.created: $(VENV)/.python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@touch $@
 
@@ -39,5 +66,13 @@ $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.release: pyproject.toml $(VENV)/.python
+	$(BIN)/python -m pip install --quiet 'build>=1.6' 'twine>=6.1' $(if $(filter Linux,$(shell uname)),'auditwheel>=6.2')
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build demo
+	rm -rf $(VENV) build dist site demo

@@ -8,13 +8,17 @@ Not here: what is in the directory (`writer.py`).
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: what only reads works, `new_folder` refuses
+    fcntl = None
 
 from yuanmoe.errors import CheckpointError, ResourceError, UsageError, YuanError
 from yuanmoe.units import format_size
@@ -46,8 +50,11 @@ def new_folder(dst: Path, *, overwrite: bool, kind: Kind = CHECKPOINT) -> Iterat
     """A folder to write into, which becomes `dst` when the block ends, and is kept for the next run when it raises.
 
     Raises the error of `kind` when there is something at `dst` and not `overwrite`, when that is of another kind, when
-    another process is writing it, or when `NAME.partial` is not ours; ResourceError when the disk is full.
+    another process is writing it, when `NAME.partial` is not ours, or where files cannot be locked (Windows);
+    ResourceError when the disk is full.
     """
+    if fcntl is None:
+        raise kind.error(f"writing {dst} needs a file lock, which Python lacks here (Windows); use Linux, macOS or WSL")
     _check_destination(dst, overwrite, kind)
     partial = dst.with_name(dst.name + ".partial")
     with disk_errors(partial, kind):
@@ -122,6 +129,7 @@ def _check_destination(dst: Path, overwrite: bool, kind: Kind) -> None:
 
 
 def _claim(descriptor: int, partial: Path, kind: Kind) -> None:
+    assert fcntl is not None, "new_folder refuses without it"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

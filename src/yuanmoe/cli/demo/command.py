@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from yuanmoe.cli.demo.done import FinishedStages, Stage
 from yuanmoe.cli.demo.stages import Work, works
 from yuanmoe.cli.terminal.output import people, print_result
-from yuanmoe.cli.demo.done import Stage, FinishedStages
 from yuanmoe.plan import cost
 from yuanmoe.shipped import SMALL
 from yuanmoe.train.recipe.recipes import CODE_PROMPTS, nano

@@ -12,7 +12,7 @@ namespace {
 enum Variant : int32_t { kVariantPortable = 0, kVariantAvx2 = 1, kVariantAvx512 = 2 };
 enum Status : int32_t { kDone = 0, kBadIndex = 1, kNoMemory = 2 };
 
-const Kernels* kernels_of(int32_t variant) {
+const Kernels* kernels_of([[maybe_unused]] int32_t variant) {
 #if defined(__x86_64__)
     if (variant == kVariantAvx512) return &kAvx512;
     if (variant == kVariantAvx2) return &kAvx2;

@@ -1,0 +1,1 @@
+"""`yuanmoe demo`: an answer, then the whole loop in stages."""
