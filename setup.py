@@ -50,8 +50,9 @@ def absolute_links(markdown: str, tag: str) -> str:
 
 KERNELS = Extension(
     "yuanmoe.ops.native.libyuanmoe",
-    sources=sorted(map(str, NATIVE.glob("csrc/*.cpp"))),
-    depends=sorted(map(str, NATIVE.glob("csrc/*.h"))),
+    sources=sorted(map(str, NATIVE.glob("csrc/**/*.cpp"))),
+    depends=sorted(map(str, NATIVE.glob("csrc/**/*.h"))),
+    include_dirs=[str(NATIVE / "csrc")],
     language="c++",
     # No -march: each variant names its instruction set in its source, and the CPU chooses at run time.
     # -ffp-contract=off: a fused multiply-add rounds once instead of twice, and variants would differ in the last bit.

@@ -17,7 +17,7 @@ _LEFT_OUT = ("api", "avx512", "peak")
 
 def units() -> list[Path]:
     """The kernels and the self-test, without what only Python calls."""
-    kernels = [path for path in sorted(SOURCES.glob("*.cpp")) if path.stem not in _LEFT_OUT]
+    kernels = [path for path in sorted(SOURCES.rglob("*.cpp")) if path.stem not in _LEFT_OUT]
     return [*kernels, *sorted(SELFTEST.glob("*.cpp"))]
 
 

@@ -31,8 +31,10 @@ def test_self_test_passes_on_the_emulated_cpu(tmp_path):
 
 def test_library_builds_without_a_warning_and_exports_its_interface(tmp_path):
     target = tmp_path / "libyuanmoe.so"
-    sources = sorted(SOURCES.glob("*.cpp"))
-    subprocess.run([COMPILER, *STRICT, *AS_SHIPPED, "-fPIC", "-shared", *sources, "-o", target], check=True)
+    sources = sorted(SOURCES.rglob("*.cpp"))
+    subprocess.run(
+        [COMPILER, *STRICT, *AS_SHIPPED, f"-I{SOURCES}", "-fPIC", "-shared", *sources, "-o", target], check=True
+    )
     loader = tmp_path / "loader.cpp"
     loader.write_text(LOADER)
     subprocess.run([COMPILER, loader, target, f"-Wl,-rpath,{tmp_path}", "-o", tmp_path / "loader"], check=True)

@@ -1,7 +1,7 @@
 """The compiled kernels behind `yuanmoe.ops.native`: the C interface of `csrc/api.cpp`, called through ctypes.
 
 ctypes because the library then knows neither Python nor torch: one build serves every version of both, and tensors
-cross as pointers. As many threads work as `torch.set_num_threads` says (`csrc/threads.cpp`).
+cross as pointers. As many threads work as `torch.set_num_threads` says (`csrc/machine/threads.cpp`).
 Not here: checks of what users pass, and the choice between kernels and torch (`__init__.py`).
 Legend: N tokens, O outputs, I inputs, E experts, F expert width, D hidden, K chosen, B sequences, P slots of a page,
 M pages of a sequence, H heads, C head channels.

@@ -3,7 +3,7 @@
 #include <new>
 
 #include "layers.h"
-#include "threads.h"
+#include "machine/threads.h"
 
 using namespace yuanmoe;
 

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "operations.h"
-#include "threads.h"
+#include "machine/threads.h"
 
 namespace yuanmoe {
 namespace {

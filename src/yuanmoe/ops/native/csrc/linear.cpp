@@ -1,6 +1,6 @@
 #include "operations.h"
 #include "rows.h"
-#include "threads.h"
+#include "machine/threads.h"
 
 namespace yuanmoe {
 

@@ -2,7 +2,7 @@
 
 #include "operations.h"
 #include "rows.h"
-#include "threads.h"
+#include "machine/threads.h"
 
 namespace yuanmoe {
 namespace {

@@ -1,7 +1,7 @@
 // A pool of our own rather than torch's OpenMP: that one ends every region by waiting for all its threads, also for one
 // that another program keeps from its core (measured on busy cores: 154 us for a product of 56 us, here 82). torch's
 // threads sleep meanwhile, as ours do in its operations, so there are never more at work than asked for.
-#include "threads.h"
+#include "machine/threads.h"
 
 #include <algorithm>
 #include <atomic>
