@@ -1,20 +1,27 @@
 # One machine, two commands: `make demo` uses it, `make test` checks it. Both set up what they need in .venv.
+# `make test-all` adds the tests that take long, for a nightly run.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# Workers of the tests, for two cores; where there are more: make test WORKERS=8.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist worksteal
 
 # make's output is the project's own: pip neither greets nor advertises itself.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format setup clean docs wheel arm64
+.PHONY: demo test test-all check format setup clean docs wheel arm64
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
 	$(BIN)/yuanmoe demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(BIN)/pytest $(PARALLEL)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -60,6 +60,7 @@ def _rank(folder: Path, rank: int, size: int, slow_s: float, work: Callable[...,
         try:
             dist.init_process_group("gloo", meeting, timedelta(seconds=slow_s), world_size=size, rank=rank)
             torch.save(work(*args), folder / f"{rank}.pt")
+            dist.barrier()  # One that leaves early breaks the connections which others are still making to it.
             dist.destroy_process_group()
         except BaseException:
             traceback.print_exc(file=errors)

@@ -118,14 +118,14 @@ def test_plan_without_a_matmul_rate_leaves_prefill_unknown(run: Run) -> None:
     assert "unknown" in err
 
 
-def test_plan_reads_directories(run: Run, tmp_path: Path, shared_dir: Path) -> None:
+def test_plan_reads_directories(run: Run, tmp_path: Path, golden: Path) -> None:
     native = tmp_path / "native"
     native.mkdir()
     values = {"format": "yuanmoe", "version": 1, "dtype": "bfloat16", "model": preset("tiny").to_dict()}
     (native / "config.json").write_text(json.dumps(values))
     _, out, _ = run("plan", str(native), "--device", "h200", "--json")
     assert (last_line(out)["model"], last_line(out)["parameters"]["total"]) == ("native", 315_008)
-    _, out, _ = run("plan", str(shared_dir / "golden" / "moe-tiny"), "--device", "h200", "--json")
+    _, out, _ = run("plan", str(golden / "moe-tiny"), "--device", "h200", "--json")
     assert last_line(out)["parameters"]["router"] == 3 * 3 * 8 * 64
 
 

@@ -46,6 +46,7 @@ def test_ctrl_c_ends_the_training_and_the_demo_goes_on(tmp_path):
     assert "ended early" in seen
 
 
+@pytest.mark.slow  # A killed training and stages that are reused have shorter tests of their own.
 def test_a_killed_demo_goes_on_from_its_finished_stages(tmp_path):
     with started_training(tmp_path, *ENDLESS) as process:
         process.kill()

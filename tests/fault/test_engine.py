@@ -168,7 +168,8 @@ def test_cancelling_frees_at_once_wherever_the_request_is():
     assert not engine.cancel(99)
 
 
-def test_thousands_of_requests_that_end_in_every_way_leave_nothing_behind():
+@pytest.mark.parametrize("steps", [60, pytest.param(250, marks=pytest.mark.slow)])
+def test_requests_that_end_in_every_way_leave_nothing_behind(steps):
     rng = random.Random(0)
     model = poisoned_model(num_hidden_layers=1, hidden_size=8, num_experts=0, intermediate_size=8, head_dim=4)
     model.model.layers[0].register_forward_pre_hook(
@@ -178,7 +179,7 @@ def test_thousands_of_requests_that_end_in_every_way_leave_nothing_behind():
     anything = torch.ones(32, dtype=torch.bool)
     ends = {"stop": 0, "length": 0, "error": 0, "cancel": 0}
     alive: set[int] = set()
-    for _ in range(250):
+    for _ in range(steps):
         for _ in range(rng.randint(0, 22)):
             grammar = rng.choice([Grammar(anything, rng.randint(1, 9)), Grammar(ValueError()), None, None, None])
             prompt = [rng.choice([1, 2, 3, 4]) for _ in range(rng.randint(1, 12))] + [POISON] * (rng.random() < 0.05)
@@ -202,7 +203,7 @@ def test_thousands_of_requests_that_end_in_every_way_leave_nothing_behind():
     for outputs in finish(engine).values():
         end = outputs[-1]
         ends["error" if end.error else end.finish_reason] += 1
-    assert sum(ends.values()) == engine._submitted > 2000
-    assert min(ends.values()) > 50
+    assert sum(ends.values()) == engine._submitted > 8 * steps
+    assert min(ends.values()) > steps / 5
     assert engine.stats().preemptions > 0
     check_empty(engine)

@@ -15,6 +15,26 @@ from yuanmoe.checkpoint.write.verify import verify_checkpoint
 from yuanmoe.storage.run_folder import read_metrics
 from yuanmoe.train.state.checkpoint import newest, steps
 
+ONE_LATE = """
+import os, sys, time
+from pathlib import Path
+import torch
+from yuanmoe.config import preset
+from yuanmoe.plan.cluster.layout import Layout
+from yuanmoe.train.parallel import ranks
+met, grouped = Path(sys.argv[1]), ranks.grouped
+def late(*args):
+    time.sleep(1)
+    made = grouped(*args)
+    met.touch()
+    return made
+if os.environ["RANK"] == sys.argv[2]:
+    ranks.grouped = late
+layout = Layout(data=2, stages=1, experts=1, sharding="replicated", micro_batch=1, checkpointing="none")
+with ranks.joined(layout, preset("tiny"), torch.device("cpu")):
+    assert met.exists(), "one goes ahead while the other is still connecting"
+"""
+
 LONG = ("schedule.max_tokens=128000", "run.prompts=[]", "run.milestones=1")
 
 
@@ -23,10 +43,10 @@ def data(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
-def torchrun(ranks, args, log):
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def torchrun(ranks, args, log, program=("-m", "yuanmoe")):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     with log.open("w") as said:
-        return subprocess.Popen([*program, "-m", "yuanmoe", *args], stdout=said, stderr=subprocess.STDOUT)
+        return subprocess.Popen([*launcher, *program, *args], stdout=said, stderr=subprocess.STDOUT)
 
 
 def ranks_of(run):
@@ -84,7 +104,7 @@ def test_a_pipeline_that_was_killed_ends_as_one_that_was_not(data, tmp_path):
     assert len(lines[-1]["balance"]) == 3
 
 
-@pytest.mark.parametrize("words", ["pp2 mb1", "optimizer"])
+@pytest.mark.parametrize("words", ["pp2 mb1", pytest.param("optimizer", marks=pytest.mark.slow)])
 def test_where_one_rank_dies_the_other_says_so_and_the_last_checkpoint_is_whole(words, data, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     settings = (*LONG, "run.checkpoint_steps=40")
@@ -105,6 +125,14 @@ def test_what_all_ranks_refuse_is_said_once(data, tmp_path):
     assert run.wait(60) != 0
     assert log.read_text().count("error: ") == 1, log.read_text()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_no_rank_goes_ahead_while_another_connects(slow, tmp_path):
+    """One that refused its call would end, and the other would report a broken connection instead."""
+    script, log = tmp_path / "one_late.py", tmp_path / "log"
+    script.write_text(ONE_LATE)
+    assert torchrun(2, [str(tmp_path / "met"), str(slow)], log, [str(script)]).wait(60) == 0, log.read_text()
 
 
 def untimed(line):

@@ -93,7 +93,7 @@ def assert_same_run(one, other):
             assert tensor.equal(second[key]), key
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(seed, processes, data, whole, tmp_path):
     chance, folder, options = random.Random(seed), tmp_path / "run", ()
     for _ in range(3):

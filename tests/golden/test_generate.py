@@ -25,8 +25,9 @@ def decided(model, row: list[int]) -> int:
 
 @pytest.mark.parametrize("name", ["moe-tiny", "moe-32x2", "dense-tiny"])
 @pytest.mark.parametrize(("together", "chunk_size"), [(True, 2048), (True, 2), (True, 3), (False, 2048)])
-def test_greedy_tokens_are_the_official_ones(shared_dir, name, together, chunk_size):
-    folder = shared_dir / "golden" / name
+@pytest.mark.usefixtures("exact_weights")
+def test_greedy_tokens_are_the_official_ones(golden, name, together, chunk_size):
+    folder = golden / name
     model = load_model(folder)
     rows = load_file(folder / "expected.safetensors")["greedy"].tolist()
     params = SamplingParams(max_new_tokens=len(rows[0]) - PROMPT_TOKENS)

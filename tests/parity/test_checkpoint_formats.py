@@ -206,14 +206,14 @@ def test_conversion_takes_dtype_rope_base_and_the_small_files_along(tmp_path):
     assert values["torch_dtype"] == "bfloat16"
 
 
-def test_golden_checkpoints_come_back_bit_for_bit(tmp_path, shared_dir):
+def test_golden_checkpoints_come_back_bit_for_bit(tmp_path, golden):
     for name in ("moe-tiny", "moe-32x2", "dense-tiny"):
-        golden = shared_dir / "golden" / name
-        convert_checkpoint(golden, tmp_path / name, shard_bytes=1_000_000)
-        convert_checkpoint(tmp_path / name, tmp_path / f"{name}-again", to="official")
-        found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / f"{name}-again", golden))
+        source, again = golden / name, tmp_path / f"{name}-again"
+        convert_checkpoint(source, tmp_path / name, shard_bytes=1_000_000)
+        convert_checkpoint(tmp_path / name, again, to="official")
+        found, expected = (load_file(folder / "model.safetensors") for folder in (again, source))
         assert_same(found, expected)
-        configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / f"{name}-again", golden)]
+        configs = [json.loads((folder / "config.json").read_text()) for folder in (again, source)]
         assert configs[0] == configs[1]
 
 

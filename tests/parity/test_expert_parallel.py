@@ -42,7 +42,7 @@ def test_experts_on_ranks_are_those_of_one_process(case, ranks):
         torch.testing.assert_close(together, parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_twenty_steps_lose_as_much_as_one_process(ranks):
     config, ids = small_config(), windows()
     alone = work.losses_alone(config, ids, 20)

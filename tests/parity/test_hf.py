@@ -61,9 +61,10 @@ def clear_tokens(model, ids) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.usefixtures("exact_weights")
 @torch.no_grad()
-def test_golden_checkpoints_open_compute_generate_and_are_saved_as_they_were(shared_dir, tmp_path, name):
-    folder = shared_dir / "golden" / name
+def test_golden_checkpoints_open_compute_generate_and_are_saved_as_they_were(golden, tmp_path, name):
+    folder = golden / name
     expected = load_file(folder / "expected.safetensors")
     model = load(folder)
     assert type(model.config) is YuanConfig
@@ -98,8 +99,8 @@ def test_golden_checkpoints_open_compute_generate_and_are_saved_as_they_were(sha
     ],
 )
 @torch.no_grad()
-def test_named_modes_are_keywords_of_from_pretrained(shared_dir, change, ids, logits):
-    folder = shared_dir / "golden" / "moe-tiny"
+def test_named_modes_are_keywords_of_from_pretrained(golden, change, ids, logits):
+    folder = golden / "moe-tiny"
     expected = load_file(folder / "expected.safetensors")
     assert relative(load(folder, **change)(expected[ids]).logits, expected[logits]) < 1e-4
 

@@ -70,28 +70,30 @@ def write_official(folder: Path, model: bytes, **changes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def native(shared_dir):
-    return load_tokenizer(shared_dir / "tokenizer")
+def native(sentencepiece_folder):
+    return load_tokenizer(sentencepiece_folder)
 
 
 @pytest.fixture(scope="module")
-def official(shared_dir, tmp_path_factory):
-    model = (shared_dir / "tokenizer" / "tokenizer.model").read_bytes()
+def official(sentencepiece_folder, tmp_path_factory):
+    model = (sentencepiece_folder / "tokenizer.model").read_bytes()
     return load(write_official(tmp_path_factory.mktemp("official"), model))
 
 
-# --- the released tokenizer -------------------------------------------------------------------------------------------
+# --- files as released ------------------------------------------------------------------------------------------------
 
 
-def test_published_ids(official):
+def test_published_ids(released_tokenizer, tmp_path):
+    official = load(write_official(tmp_path, (released_tokenizer / "tokenizer.model").read_bytes()))
     assert {text: official(text)["input_ids"] for text in PUBLISHED} == PUBLISHED
+    assert (official.eos_token_id, official.pad_token_id, len(official)) == (77185, 77188, 134960)
 
 
 def test_official_special_tokens(official, native):
     assert type(official) is YuanTokenizer
     assert official.get_added_vocab() == native.special_tokens
-    assert len(official) == native.vocab_size == 134960
-    assert (official.eos_token_id, official.pad_token_id, official.bos_token_id) == (77185, 77188, 1)
+    assert len(official) == native.vocab_size
+    assert (official.eos_token_id, official.pad_token_id, official.bos_token_id) == (native.eod_id, native.pad_id, 1)
     assert set(official.all_special_ids) == set(native.special_tokens.values())
 
 
@@ -106,8 +108,9 @@ def test_official_ids_and_texts(official, native, text):
 
 
 @settings(max_examples=60)
-@given(ids=st.lists(st.integers(0, 134959) | st.sampled_from([0, 1, 2, 13, 230, 29871, 77185, 77187, 134957])))
-def test_official_texts_of_any_ids(official, native, ids):
+@given(places=st.lists(st.integers(0, 134959) | st.sampled_from([0, 1, 2, 13, 230, 29871, 77185, 77187, 134957])))
+def test_official_texts_of_any_ids(official, native, places):
+    ids = [place % native.vocab_size for place in places]
     assert official.decode(ids) == native.decode(ids)
     assert official.convert_tokens_to_string(official.convert_ids_to_tokens(ids)) == native.decode(ids)
 

@@ -22,6 +22,11 @@ from yuanmoe.train.state.stored import Stored
 STEPS = 20
 
 
+def slow(*values):
+    """A case of a kind that a shorter case covers too."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def made(**changes):
     balance = BalanceSettings(auxiliary_loss=0.01, z_loss=0.001, bias_rate=1e-3)
     sizes = {"num_hidden_layers": changes.pop("layers", 2), "tie_word_embeddings": changes.pop("tied", False)}
@@ -64,8 +69,8 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
-        (2, "replicated"), (4, "optimizer full"), (2, "fsdp"), (4, "dp4 fsdp full"), (2, "ep2 replicated"),
-        (4, "ep2 optimizer"), (4, "ep2 fsdp"),
+        (2, "replicated"), slow(4, "optimizer full"), (2, "fsdp"), slow(4, "dp4 fsdp full"), (2, "ep2 replicated"),
+        (4, "ep2 optimizer"), slow(4, "ep2 fsdp"),
     ],
 )  # fmt: skip
 def test_twenty_steps_are_those_of_one_process(ranks, words, alone, tmp_path):
@@ -77,9 +82,9 @@ def test_twenty_steps_are_those_of_one_process(ranks, words, alone, tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "words", "layers", "tied"),
     [
-        (2, "pp2 full", "2,1", False), (2, "pp2", "1,2", True), (2, "pp2 optimizer", "1,2", True),
-        (3, "pp3", None, True),
-        (4, "dp2 pp2 optimizer", "1,2", True), (4, "dp2 pp2 ep2 replicated", "2,1", True),
+        (2, "pp2 full", "2,1", False), slow(2, "pp2", "1,2", True), (2, "pp2 optimizer", "1,2", True),
+        slow(3, "pp3", None, True),
+        slow(4, "dp2 pp2 optimizer", "1,2", True), (4, "dp2 pp2 ep2 replicated", "2,1", True),
     ],
 )  # fmt: skip
 def test_twenty_steps_of_pipelines_are_those_of_one_process(ranks, words, layers, tied, tmp_path):
@@ -118,9 +123,9 @@ def test_bfloat16_keeps_float32_masters(words, tmp_path):
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        ((2, "optimizer"), (4, "fsdp")), ((4, "ep2 fsdp"), (2, "optimizer")), ((2, "fsdp"), (1, None)),
-        ((1, None), (4, "ep2 optimizer")), ((2, "pp2"), (1, None)), ((4, "fsdp"), (2, "pp2")),
-        ((4, "dp2 pp2 ep2"), (2, "fsdp")),
+        ((2, "optimizer"), (4, "fsdp")), slow((4, "ep2 fsdp"), (2, "optimizer")), ((2, "fsdp"), (1, None)),
+        ((1, None), (4, "ep2 optimizer")), ((2, "pp2"), (1, None)), slow((4, "fsdp"), (2, "pp2")),
+        slow((4, "dp2 pp2 ep2"), (2, "fsdp")),
     ],
 )  # fmt: skip
 def test_what_some_ranks_saved_others_go_on_with(first, then, tmp_path):

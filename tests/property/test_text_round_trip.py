@@ -20,8 +20,8 @@ SPACE_MARK = "\u2581"
 
 
 @pytest.fixture(scope="module")
-def official(shared_dir: Path) -> SentencePieceTokenizer:
-    tokenizer = load_tokenizer(shared_dir / "tokenizer", whitespace="keep")
+def official(sentencepiece_folder: Path) -> SentencePieceTokenizer:
+    tokenizer = load_tokenizer(sentencepiece_folder, whitespace="keep")
     assert isinstance(tokenizer, SentencePieceTokenizer)
     return tokenizer
 

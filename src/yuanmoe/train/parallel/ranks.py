@@ -164,7 +164,9 @@ def joined(layout: Layout, config: ModelConfig, device: torch.device) -> Iterato
     # What is agreed on lies in the CPU's memory, whatever the model computes on.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield grouped(layout, config)
+        ranks = grouped(layout, config)
+        ranks.wait()  # A rank that refuses its call ends at once, and breaks connections which others are still making.
+        yield ranks
     except RuntimeError as error:
         if not _is_lost(error):
             raise
