@@ -34,7 +34,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The source archive, the wheel made of it, and the wheel alone in an empty environment, away from the sources.
 wheel: $(VENV)/.release
