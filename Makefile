@@ -28,6 +28,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/pytest tests/structure
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
