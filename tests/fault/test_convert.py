@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 KILLED = """
 import hashlib, json, os, shutil, signal, sys
 from pathlib import Path
-from yuanmoe.checkpoint.write.convert import convert
+from yuanmoe.checkpoint.write.convert import convert_checkpoint
 
 src, folder, older = map(Path, sys.argv[1:])
 
@@ -68,7 +68,7 @@ def run(dst, dies_at):
     for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
     said = []
-    written = convert(src, dst, shard_bytes=2500, overwrite=True, say=said.append,
+    written = convert_checkpoint(src, dst, shard_bytes=2500, overwrite=True, say=said.append,
                       progress=counted(lambda done, total: None))
     (folder / "report.json").write_text(json.dumps([written.resumed_shards, written.shards, said]))
 
@@ -199,20 +199,20 @@ import json, re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from yuanmoe.checkpoint.write.convert import convert
+from yuanmoe.checkpoint.write.convert import convert_checkpoint
 from yuanmoe.checkpoint.formats.native_config import parse_dtype
 
 def status(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 src, small, folder = map(Path, sys.argv[1:])
-convert(small, folder / "small", dtype=torch.bfloat16)  # imports
+convert_checkpoint(small, folder / "small", dtype=torch.bfloat16)  # imports
 grown = []
 steps = ((src, "native", "native", torch.bfloat16), (folder / "native", "again", "official", None))
 for source, name, to, dtype in steps:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = status("VmRSS")
-    convert(source, folder / name, to=to, dtype=dtype, shard_bytes=10**8)
+    convert_checkpoint(source, folder / name, to=to, dtype=dtype, shard_bytes=10**8)
     grown.append(status("VmHWM") - before)
 print(json.dumps(grown))
 """

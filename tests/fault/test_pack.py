@@ -31,13 +31,13 @@ DEADLINE_S = 60
 
 SCRIPT = """
 import sys, time
-from yuanmoe.data.prepare.pack import PackOptions, pack
+from yuanmoe.data.prepare.pack import PackOptions, pack_dataset
 from yuanmoe.text.tokenizer import load_tokenizer
 if __name__ == "__main__":
     source, out, tokenizer = sys.argv[1:]
     slow = lambda done, total: time.sleep(0.03)
     options = PackOptions(chunk_bytes=4000, shard_tokens=12_000)
-    pack([source], out, load_tokenizer(tokenizer), options, workers=2, progress=slow)
+    pack_dataset([source], out, load_tokenizer(tokenizer), options, workers=2, progress=slow)
 """
 
 

@@ -50,7 +50,7 @@ KILLED = """
 import hashlib, json, os, random, signal, sys
 from pathlib import Path
 import torch
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 
 src, folder, method, deaths = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 torch.set_num_threads(1 if method == "gptq" else 2)
@@ -76,7 +76,7 @@ def run(dst, dies_at, events_file):
         return call
     for name in ("fsync", "replace", "rename", "mkdir", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
-    done = quantize(src, dst, say=lambda _: None, progress=counted(lambda done, total: None), **settings)
+    done = quantize_checkpoint(src, dst, say=lambda _: None, progress=counted(lambda done, total: None), **settings)
     events_file.write_text(json.dumps([events, done.written is None or done.written.resumed_shards]))
 
 def in_child(*args):
@@ -166,16 +166,16 @@ import json, re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from yuanmoe.checkpoint.quantize.quantize import quantize
+from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 
 def status(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 large, small, folder = map(Path, sys.argv[1:])
-quantize(small, folder / "small", bits=4)  # imports
+quantize_checkpoint(small, folder / "small", bits=4)  # imports
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 before = status("VmRSS")
-quantize(large, folder / "dst", bits=4, method="rtn")
+quantize_checkpoint(large, folder / "dst", bits=4, method="rtn")
 print(status("VmHWM") - before)
 """
 
