@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from yuanmoe.reports.routing_page import document, heat_map
 from yuanmoe.storage.run_folder import ENVIRONMENT, RECIPE, SAMPLES, read_lines, read_metrics
+from yuanmoe.storage.whole_file import write_synced
 from yuanmoe.units import format_count
 
 REPORT = "report.html"
@@ -42,9 +43,8 @@ class Series(NamedTuple):
 
 def write_run_page(folder: Path) -> Path:
     """Writes the report of the run in `folder` beside its numbers."""
-    beside = folder / (REPORT + ".partial")
-    beside.write_text(run_page(folder), encoding="utf-8")
-    return beside.replace(folder / REPORT)
+    write_synced(folder / REPORT, run_page(folder))
+    return folder / REPORT
 
 
 def run_page(folder: Path) -> str:

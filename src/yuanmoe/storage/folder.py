@@ -21,6 +21,7 @@ except ImportError:  # Windows: what only reads works, `new_folder` refuses
     fcntl = None
 
 from yuanmoe.errors import CheckpointError, ResourceError, UsageError, YuanError
+from yuanmoe.storage.whole_file import sync_folder, write_synced
 from yuanmoe.units import format_size
 
 _MARKER = "unfinished.txt"
@@ -94,17 +95,6 @@ def check_free_disk(folder: Path, needed: int) -> None:
         )
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Put a small file on the disk, whole or not at all."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    _sync(path.parent)
-
-
 def copy_synced(source: Path, folder: Path) -> None:
     """Put a copy of a file into `folder` and on the disk."""
     with source.open("rb") as original, (folder / source.name).open("wb") as copy:
@@ -143,14 +133,14 @@ def _claim(descriptor: int, partial: Path, kind: Kind) -> None:
 def _publish(content: Path, dst: Path) -> None:
     """Give the finished content the name `dst`, and remove what had it."""
     partial = content.parent
-    _sync(content)
+    sync_folder(content)
     if not dst.exists():
         content.rename(dst)
     elif not _exchange(content, dst):
         # Killed between these two, `dst` is missing until the next run; what was there is kept until then.
         dst.rename(partial / "replaced")
         content.rename(dst)
-    _sync(dst.parent)
+    sync_folder(dst.parent)
     for folder in filter(Path.is_dir, list(partial.iterdir())):
         shutil.rmtree(folder)
     shutil.rmtree(partial)
@@ -160,14 +150,6 @@ def _exchange(a: Path, b: Path) -> bool:
     """Swap two names in one step; whether the system could."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return rename is not None and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

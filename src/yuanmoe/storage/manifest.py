@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from yuanmoe.errors import CheckpointError
-from yuanmoe.storage.folder import write_synced
 from yuanmoe.storage.json_file import json_text, read_json
+from yuanmoe.storage.whole_file import write_synced
 
 MANIFEST = "manifest.json"
 

@@ -8,7 +8,6 @@ Not here: the two kinds of tokenizers (`sentencepiece_tokenizer`, `bpe`), conver
 
 import hashlib
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.storage.whole_file import write_synced
 from yuanmoe.text.chat_template import EOD, PAD, SEP, chat_template
 
 FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE = "<FIM_PREFIX>", "<FIM_SUFFIX>", "<FIM_MIDDLE>"
@@ -151,8 +151,8 @@ class Tokenizer(ABC):
             "chat_template": chat_template(),
         }
         config = json.dumps(common | self._hf_config(), indent=2)
-        _replace_file(folder / self.file_name, self._to_file())
-        _replace_file(folder / "tokenizer_config.json", config.encode())
+        write_synced(folder / self.file_name, self._to_file())
+        write_synced(folder / "tokenizer_config.json", config.encode())
 
     @abstractmethod
     def _encode_ordinary(self, text: str) -> list[int]:
@@ -226,10 +226,3 @@ def require_unicode(text: str) -> None:
             f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which UTF-8 "
             "cannot hold; decode the text with errors='replace' where it is read"
         ) from None
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that an interrupted save leaves the old file."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)

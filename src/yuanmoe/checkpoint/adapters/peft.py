@@ -20,8 +20,9 @@ from yuanmoe.checkpoint.files.safetensors_file import write_safetensors
 from yuanmoe.errors import CheckpointError
 from yuanmoe.model.lora.attach import A, B
 from yuanmoe.model.lora.targets import ROUTER, lora_role_of
-from yuanmoe.storage.folder import Kind, new_folder, write_synced
+from yuanmoe.storage.folder import Kind, new_folder
 from yuanmoe.storage.json_file import json_text
+from yuanmoe.storage.whole_file import write_synced
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PARAMETERS = (ROUTER, "experts")

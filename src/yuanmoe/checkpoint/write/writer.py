@@ -17,9 +17,10 @@ from typing import Any, TypedDict
 from yuanmoe.checkpoint.files.lazy import LazyTensor
 from yuanmoe.checkpoint.files.safetensors_file import write_safetensors
 from yuanmoe.checkpoint.files.shards import SAFETENSORS_INDEX
-from yuanmoe.storage.folder import check_free_disk, copy_synced, new_folder, write_synced
+from yuanmoe.storage.folder import check_free_disk, copy_synced, new_folder
 from yuanmoe.storage.json_file import json_text
 from yuanmoe.storage.manifest import MANIFEST, Manifest
+from yuanmoe.storage.whole_file import write_synced
 
 SHARD_BYTES = 5_000_000_000
 """A shard holds at most this, or one tensor. One layer of M32 has 3.3 GB."""

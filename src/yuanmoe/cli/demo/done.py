@@ -6,13 +6,13 @@ interrupted: the record of a stage is dropped before the work and written after 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yuanmoe.errors import ResourceError
+from yuanmoe.storage.whole_file import write_synced
 
 RECORD = "stages.json"
 
@@ -65,9 +65,7 @@ class FinishedStages:
         if done is not None:
             self._done[name] = done
         self._folder.mkdir(parents=True, exist_ok=True)
-        beside = self._folder / (RECORD + ".partial")
-        beside.write_text(json.dumps(self._done, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self._folder / RECORD)
+        write_synced(self._folder / RECORD, json.dumps(self._done, indent=2) + "\n")
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ history. Not here: formats, sampling.
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from yuanmoe.cli.generate.answer import speak, statistics, write
 from yuanmoe.errors import ContextLengthError, UsageError, YuanError
+from yuanmoe.storage.whole_file import write_synced
 
 if TYPE_CHECKING:
     from yuanmoe.lm import Completion, LanguageModel
@@ -149,10 +149,8 @@ class Conversation:
             self._note("name a file: /save FILE")
             return
         path = Path(file).expanduser()
-        beside = path.with_name(path.name + ".partial")
         try:
-            beside.write_text(json.dumps({"messages": self._messages}, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            os.replace(beside, path)
+            write_synced(path, json.dumps({"messages": self._messages}, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}; name another file with /save FILE") from error
         self._note(f"saved {len(self._messages)} messages to {path}")

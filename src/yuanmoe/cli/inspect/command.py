@@ -4,7 +4,6 @@ Not here: the numbers (`yuanmoe.evals`), tables (`inspect_view.py`).
 """
 
 import math
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,7 @@ from yuanmoe.cli.terminal.progress import tokens_progress
 from yuanmoe.cli.terminal.text_file import read_text
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, UsageError
+from yuanmoe.storage.whole_file import write_synced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,10 +184,8 @@ def _write_page(report: dict[str, Any], path: Path) -> None:
     """Beside and renamed: what was there stays until the new page is whole."""
     from yuanmoe.reports.routing_page import page
 
-    beside = path.with_name(path.name + ".partial")
     try:
-        beside.write_text(page(report), encoding="utf-8")
-        os.replace(beside, path)
+        write_synced(path, page(report))
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
     people().print(f"wrote {escape(str(path))}")

@@ -147,8 +147,8 @@ def _evaluate(
     """Compare both models on a text, show it, and add it to the report beside the weights."""
     from yuanmoe.checkpoint.quantize.report import REPORT
     from yuanmoe.evals.quality import quality
-    from yuanmoe.storage.folder import write_synced
     from yuanmoe.storage.json_file import json_text
+    from yuanmoe.storage.whole_file import write_synced
 
     try:
         with tokens_progress("reading with both models", 2 * len(ids)) as advance:

@@ -19,7 +19,7 @@ from yuanmoe.data.prepare.chunks import Chunk, Place
 from yuanmoe.data.prepare.formats import Encoded
 from yuanmoe.data.sets.manifest import ENDS, SOURCES, DatasetManifest, mask_name, shard_name
 from yuanmoe.errors import DataError
-from yuanmoe.storage.folder import write_synced
+from yuanmoe.storage.whole_file import write_synced
 from yuanmoe.text.tokenizer import Tokenizer
 
 JOURNAL = "journal.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from yuanmoe.errors import DataError
-from yuanmoe.storage.folder import write_synced
+from yuanmoe.storage.whole_file import write_synced
 from yuanmoe.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"

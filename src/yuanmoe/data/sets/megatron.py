@@ -13,18 +13,16 @@ document a sequence; megatron/data/gpt_dataset.py takes every sequence for a doc
 """
 
 import hashlib
-import os
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from yuanmoe.data.permutation import Integers
 from yuanmoe.data.sets.documents import Documents, check_ids, no_progress
 from yuanmoe.errors import DataError, ResourceError
+from yuanmoe.storage.whole_file import whole_file
 
 MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -140,7 +138,7 @@ def write_megatron(
     code = 8 if vocab_size <= 2**16 else 4
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
-        with _whole(index) as header, _whole(data) as file:
+        with whole_file(index) as header, whole_file(data) as file:
             pointers = (np.cumsum(lengths) - lengths) * DTYPES[code].itemsize
             header.write(_HEADER.pack(MAGIC, 1, code, len(lengths), 1))
             header.write(lengths.astype("<i4").tobytes() + pointers.astype("<i8").tobytes() + bytes(8))
@@ -154,17 +152,3 @@ def write_megatron(
             f"cannot write {error.filename or data}: {error.strerror}; make room or choose another disk, then run the "
             "same command again"
         ) from error
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name once it is on the disk, and is nowhere when its writing fails."""
-    beside = path.with_name(path.name + ".partial")
-    try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
