@@ -11,13 +11,14 @@ import typer
 from yuanmoe.cli.plan.cluster import Wishes, cluster_report, request_of, show_cluster
 from yuanmoe.cli.plan.device import device_report, show_device
 from yuanmoe.cli.terminal.output import people, print_result
-from yuanmoe.config import ALIASES, PRESETS, ModelConfig, preset
+from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.cluster import parse_cluster
 from yuanmoe.plan.device.devices import Device, find_device
 from yuanmoe.plan.device.machine import as_device, measure_bandwidth, measure_matmul, read_machine
 from yuanmoe.plan.device.planner import workload_of
+from yuanmoe.presets import ALIASES, PRESETS, preset
 from yuanmoe.units import parse_size
 
 RUNNING = ("bits", "context", "batch", "kv_dtype", "device")
