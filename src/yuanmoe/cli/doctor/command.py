@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from yuanmoe.cli.plan.command import read_model
 from yuanmoe.cli.terminal.output import people, print_result, print_table
 from yuanmoe.config import ModelConfig
+from yuanmoe.estimate import read_model
 from yuanmoe.plan.cost import PRECISIONS, Precision, weight_bytes
 from yuanmoe.plan.device.devices import Device
 from yuanmoe.plan.device.machine import Machine, as_device, measure_bandwidth, measure_matmul, read_machine
