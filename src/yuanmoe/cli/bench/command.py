@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from yuanmoe.cli.bench.view import print_decode, print_phase
+from yuanmoe.cli.terminal.models import QuantizedModel
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 
@@ -81,7 +82,7 @@ def layers(
 @bench.command()
 def decode(
     preset: Annotated[str, typer.Option(help="Whose sizes.")] = "yuan2-m32",
-    model: Annotated[Path | None, typer.Option(help="A quantized checkpoint instead.")] = None,
+    model: QuantizedModel = None,
     weights: Annotated[
         Literal["synthetic"], typer.Option(help="Of a preset: random ones, made in the packed layout.")
     ] = "synthetic",
