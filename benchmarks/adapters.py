@@ -22,7 +22,6 @@ from yuanmoe.bench.timing import take_turns
 from yuanmoe.checkpoint.adapters.adapter import adaptable_matrices
 from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.cli.terminal.output import people, print_result, print_table
-from yuanmoe.config import preset
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.requests import Request
 from yuanmoe.engine.sampling import SamplingParams
@@ -31,6 +30,7 @@ from yuanmoe.model.lora.multi_lora import MultiLora
 from yuanmoe.model.lora.targets import LoraSettings, targets
 from yuanmoe.ops import native
 from yuanmoe.plan.device.machine import read_machine
+from yuanmoe.presets import preset
 
 PROMPT_TOKENS = 16
 CACHE_TOKENS = 16384

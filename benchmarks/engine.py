@@ -21,11 +21,11 @@ import torch
 import yuanmoe.engine.engine as engine_module
 from yuanmoe.checkpoint.formats.native_config import parse_dtype
 from yuanmoe.cli.terminal.output import people, print_result, print_table
-from yuanmoe.config import preset
 from yuanmoe.engine.engine import Engine
 from yuanmoe.engine.requests import Request
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.model.decoder import CausalLM
+from yuanmoe.presets import preset
 
 PROMPT_TOKENS = 32
 

@@ -33,10 +33,10 @@ from yuanmoe.bench.products import (
 )
 from yuanmoe.bench.synthetic import random_packed
 from yuanmoe.cli.terminal.output import people, print_result, print_table
-from yuanmoe.config import preset
 from yuanmoe.ops import native
 from yuanmoe.ops.quantize.groupwise import PackedTensor
 from yuanmoe.plan.device.machine import read_machine
+from yuanmoe.presets import preset
 
 PREFILL_TOKENS = 512
 INT8_TOKENS = 16

@@ -30,10 +30,10 @@ from yuanmoe.bench.synthetic import synthetic_model
 from yuanmoe.bench.timing import Timing, take_turns
 from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.cli.terminal.output import people, print_result, print_table
-from yuanmoe.config import preset
 from yuanmoe.ops import native
 from yuanmoe.plan import cost
 from yuanmoe.plan.device.machine import read_machine
+from yuanmoe.presets import preset
 
 CONTEXT = 16
 

@@ -31,9 +31,10 @@ from yuanmoe.checkpoint.open import OpenCheckpoint
 from yuanmoe.checkpoint.quantize.quantize import Method, QuantizeJob, run
 from yuanmoe.cli.terminal.output import people, print_result, print_table
 from yuanmoe.cli.terminal.progress import bytes_progress
-from yuanmoe.config import ModelConfig, preset
+from yuanmoe.config import ModelConfig
 from yuanmoe.plan import cost
 from yuanmoe.plan.device.machine import read_machine
+from yuanmoe.presets import preset
 from yuanmoe.units import format_size
 
 NUMBERS = 1 << 25

@@ -112,8 +112,8 @@ def target(url: str | None, model: Path, threads: int) -> Iterator[Target]:
 def random_model(folder: Path, name: str) -> Path:
     """A checkpoint of a preset with random weights, and a tokenizer of 2,048 tokens."""
     from yuanmoe.checkpoint.write.save import save_native
-    from yuanmoe.config import preset
     from yuanmoe.model.decoder import CausalLM
+    from yuanmoe.presets import preset
     from yuanmoe.text.bpe import train_bpe
 
     tokenizer = train_bpe([Path(file).read_text() for file in (__file__, argparse.__file__, asyncio.__file__)], 2048)

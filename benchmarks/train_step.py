@@ -29,9 +29,9 @@ import torch.nn.functional as F
 
 from yuanmoe.bench.layers import build, build_mixtral, cut
 from yuanmoe.bench.timing import take_turns
-from yuanmoe.config import preset
 from yuanmoe.model.decoder import CausalLM
 from yuanmoe.plan import cost
+from yuanmoe.presets import preset
 from yuanmoe.train.recipe.recipe import BalanceSettings
 from yuanmoe.train.recipe.recipes import small
 from yuanmoe.train.start.model import new_model

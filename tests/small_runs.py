@@ -11,9 +11,9 @@ import numpy as np
 from small_documents import Lists
 from small_tokenizers import TEXTS, bpe
 from yuanmoe.cli import main
-from yuanmoe.config import preset
 from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, WeightedDocuments, measuring_windows
 from yuanmoe.data.prepare.pack import pack_texts
+from yuanmoe.presets import preset
 from yuanmoe.train.recipe.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
 from yuanmoe.train.start.model import new_model
 from yuanmoe.train.steps.loop import Training

@@ -1,17 +1,17 @@
-"""What a Yuan model is: its sizes, its router, its filtering, as one frozen object, and the released models as presets.
+"""What a Yuan model is: its sizes, its router, its filtering, as one frozen object.
 
 Sources: arXiv 2311.15786 (Yuan 2.0, LFA) and arXiv 2405.17976 (Yuan 2.0-M32, Attention Router).
 Field names are the Hugging Face ecosystem's; Yuan's own keys are translated in `checkpoint/formats/mapping.py`.
-Not here: tensors (no torch), files, training hyper-parameters.
+Not here: the released models by name (`presets.py`), tensors (no torch), files, training hyper-parameters.
 """
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from yuanmoe.errors import ConfigError
+from yuanmoe.hints import did_you_mean
 
 RouterKind = Literal["attention", "linear", "shared-expert"]
 RopeAngles = Literal["float32", "bfloat16"]
@@ -191,9 +191,8 @@ FIELD_NAMES = tuple(field.name for field in dataclasses.fields(ModelConfig))
 def _known(values: dict[str, Any]) -> None:
     for key in values:
         if key not in FIELD_NAMES:
-            close = difflib.get_close_matches(key, FIELD_NAMES, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(FIELD_NAMES)}"
-            raise ConfigError(f"unknown config key {key!r}{hint}")
+            hint = did_you_mean(key, FIELD_NAMES, otherwise=f"known keys: {', '.join(FIELD_NAMES)}")
+            raise ConfigError(f"unknown config key {key!r}; {hint}")
 
 
 def _typed(name: str, expected: Any, value: Any) -> None:
@@ -216,104 +215,3 @@ def _typed(name: str, expected: Any, value: Any) -> None:
 def _choice(name: str, value: str, kind: Any) -> None:
     if value not in get_args(kind):
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
-
-
-_DENSE = {"vocab_size": 135040, "partial_rotary_factor": 1.0}
-
-_M32 = {
-    "vocab_size": 135040,
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "head_dim": 256,
-    "num_experts": 32,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8192,
-    "partial_rotary_factor": 0.5,
-    "max_position_embeddings": 4096,
-}
-
-# Small models of our own use a byte-level BPE tokenizer, whose special tokens come first.
-_OWN_TOKENS = {"eod_token_id": 0, "sep_token_id": 1, "pad_token_id": 2}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "yuan2-m32": _M32,
-    "yuan2-2b": _DENSE
-    | {
-        "hidden_size": 2048,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "head_dim": 64,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 8192,
-    },
-    "yuan2-51b": _DENSE
-    | {
-        "hidden_size": 8192,
-        "num_hidden_layers": 42,
-        "num_attention_heads": 64,
-        "head_dim": 128,
-        "intermediate_size": 32768,
-        "max_position_embeddings": 4096,
-    },
-    "yuan2-102b": _DENSE
-    | {
-        "hidden_size": 8192,
-        "num_hidden_layers": 84,
-        "num_attention_heads": 64,
-        "head_dim": 128,
-        "intermediate_size": 32768,
-        "max_position_embeddings": 4096,
-    },
-    # The text backbone of Yuan 3.0 Flash: M32's geometry, another vocabulary and RoPE base.
-    "yuan3-flash": _M32 | {"vocab_size": 136064, "rope_theta": 1e6},
-    "tiny": _OWN_TOKENS
-    | {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 32,
-        "num_experts": 8,
-        "moe_intermediate_size": 64,
-        "partial_rotary_factor": 0.5,
-        "max_position_embeddings": 256,
-    },
-    "nano": _OWN_TOKENS
-    | {
-        "vocab_size": 2048,
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 32,
-        "num_experts": 32,
-        "moe_intermediate_size": 128,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 512,
-    },
-    "small": _OWN_TOKENS
-    | {
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "head_dim": 64,
-        "num_experts": 32,
-        "moe_intermediate_size": 256,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 1024,
-    },
-}
-
-ALIASES = {"m32": "yuan2-m32", "2b": "yuan2-2b", "51b": "yuan2-51b", "102b": "yuan2-102b"}
-
-
-def preset(name: str, **changes: Any) -> ModelConfig:
-    """A named configuration, with some fields changed; names are case-insensitive, `M32` is `yuan2-m32`.
-
-    Raises ConfigError for an unknown name or field.
-    """
-    key = ALIASES.get(name.lower(), name.lower())
-    if key not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
-    return ModelConfig.from_dict(PRESETS[key] | changes)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -22,6 +22,7 @@ from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.engine.score import score
 from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.lora.attach import detach
+from yuanmoe.options import AnswerOptions, ComputeOptions
 from yuanmoe.plan.cost import Precision
 from yuanmoe.shipped import model_folder
 from yuanmoe.text.chat import Message, encode_chat
@@ -107,9 +108,9 @@ class Stream:
 class LanguageModel:
     """A Yuan model that reads and writes text.
 
-    `generate`, `chat`, `fill` and `stream` take the fields of `SamplingParams` as keywords (greedy by default, up to
-    `<eod>` or the end of the context), `stop`, strings that end an answer and are not part of it, and `routing`,
-    whether to say which experts each token visited.
+    `generate`, `chat`, `fill` and `stream` take `AnswerOptions` as keywords: the fields of `SamplingParams` (greedy by
+    default, up to `<eod>` or the end of the context), `stop`, strings that end an answer and are not part of it, and
+    `routing`, whether to report which experts each token visited.
     """
 
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, precision: Precision | None = None) -> None:
@@ -140,17 +141,13 @@ class LanguageModel:
     def config(self) -> ModelConfig:
         return self.model.config
 
-    def generate(
-        self, prompt: Prompt, *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any
-    ) -> Completion:
+    def generate(self, prompt: Prompt, **options: Unpack[AnswerOptions]) -> Completion:
         """Continues a text. Raises UsageError and ContextLengthError before anything is computed."""
-        return self.generate_batch([prompt], stop=stop, routing=routing, **sampling)[0]
+        return self.generate_batch([prompt], **options)[0]
 
-    def generate_batch(
-        self, prompts: Sequence[Prompt], *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any
-    ) -> list[Completion]:
+    def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[AnswerOptions]) -> list[Completion]:
         """Continues several texts together, each as if it were alone."""
-        generation, answers = self._start(prompts, stop, routing, sampling)
+        generation, answers = self._start(prompts, options)
         for token in generation:
             answers[token.sequence].push(token)
             if answers[token.sequence].stops.matched is not None:
@@ -160,16 +157,16 @@ class LanguageModel:
             answer.completion.timing = generation.timing
         return [answer.completion for answer in answers]
 
-    def stream(self, prompt: Prompt, *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any) -> Stream:
+    def stream(self, prompt: Prompt, **options: Unpack[AnswerOptions]) -> Stream:
         """Continues a text, piece by piece. Raises as `generate` does, here and not while it runs."""
-        generation, answers = self._start([prompt], stop, routing, sampling)
+        generation, answers = self._start([prompt], options)
         return Stream(generation, answers[0])
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
+    def chat(self, messages: Sequence[Message], **options: Unpack[AnswerOptions]) -> Completion:
         """Answers a conversation: `[{"role": "user", "content": "..."}]`."""
         return self.generate(self.chat_ids(messages), **options)
 
-    def fill(self, prefix: str, suffix: str, **options: Any) -> Completion:
+    def fill(self, prefix: str, suffix: str, **options: Unpack[AnswerOptions]) -> Completion:
         """Writes what belongs between two texts, for models trained to (arXiv 2311.15786 section 4)."""
         return self.generate(self.fill_ids(prefix, suffix), **options)
 
@@ -194,12 +191,11 @@ class LanguageModel:
         logprobs = self.score(text)
         return math.exp(-sum(logprobs) / len(logprobs))
 
-    def _start(
-        self, prompts: Sequence[Prompt], stop: Sequence[str], routing: bool, sampling: dict[str, Any]
-    ) -> tuple[Generation, list[_Answer]]:
+    def _start(self, prompts: Sequence[Prompt], options: AnswerOptions) -> tuple[Generation, list[_Answer]]:
         ids = [self.text_ids(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        sampling.setdefault("stop_ids", (self.tokenizer.eod_id,))
-        params = SamplingParams(**sampling)
+        sampling = {"stop_ids": (self.tokenizer.eod_id,), **options}
+        stop, routing = options.get("stop", ()), options.get("routing", False)
+        params = SamplingParams(**{name: value for name, value in sampling.items() if name not in {"stop", "routing"}})
         generation = Generation(self.model, ids, params, vocab_size=self.tokenizer.vocab_size, routing=routing)
         return generation, [_Answer(self.tokenizer, prompt_ids, stop) for prompt_ids in ids]
 
@@ -238,7 +234,7 @@ def open_model(
     kv_dtype: torch.dtype | str | None = None,
     adapter: str | Path | None = None,
     ignore_unknown: bool = False,
-    **changes: Any,
+    **changes: Unpack[ComputeOptions],
 ) -> OpenedModel:
     """What `load` takes, without reading weights: all that can be wrong with it is found here.
 
@@ -266,15 +262,15 @@ def load(
     kv_dtype: torch.dtype | str | None = None,
     adapter: str | Path | None = None,
     ignore_unknown: bool = False,
-    **changes: Any,
+    **changes: Unpack[ComputeOptions],
 ) -> LanguageModel:
-    """Opens a checkpoint of any format, quantized ones included, with its tokenizer; `small` is the shipped model.
+    """Opens a checkpoint of any format, quantized ones included, with its tokenizer; `small` is the shipped one.
 
     `dtype` is the checkpoint's own unless one is named (float32 for a quantized one on a CPU); `device` is a GPU where
     there is one. `kv_dtype` is that of cached keys and values: `int8` halves what a long context takes and reads;
     by default `dtype`, or bfloat16 under quantized weights. `adapter` is a directory that `LanguageModel.attach` takes.
-    `ignore_unknown` goes on where config keys or tensors are unknown. `changes` are those of `model_of`, such as
-    `rope_theta`.
+    `ignore_unknown` goes on where config keys or tensors are unknown. `changes` are fields of the model's
+    configuration that leave its weights as they are, such as `rope_theta`.
     Raises UsageError, ConfigError, CheckpointError, ResourceError and TokenizerError.
     """
     return open_model(path, dtype, device, kv_dtype, adapter, ignore_unknown, **changes).load()

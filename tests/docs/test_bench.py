@@ -14,10 +14,10 @@ from yuanmoe.bench.synthetic import synthetic_model
 from yuanmoe.checkpoint.formats.packed_weight import policy
 from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
 from yuanmoe.cli.main import main
-from yuanmoe.config import preset
 from yuanmoe.errors import ResourceError
 from yuanmoe.ops import native
 from yuanmoe.plan import cost
+from yuanmoe.presets import preset
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no compiled kernels: {native.reason()}")
 SMALL = ("--contexts", "8,16", "--prompts", "4", "--runs", "1", "--threads", "1", "--json")

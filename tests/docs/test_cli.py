@@ -15,9 +15,9 @@ import pytest
 from yuanmoe.cli import main as main_file
 from yuanmoe.cli.doctor import command as doctor_file
 from yuanmoe.cli.main import COMMANDS, load_command, main
-from yuanmoe.config import preset
 from yuanmoe.errors import ContextLengthError
 from yuanmoe.plan.device.machine import Machine, Rate
+from yuanmoe.presets import preset
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -15,7 +15,7 @@ import zstandard
 from small_tokenizers import bpe
 from yuanmoe.cli.data.preview import marked
 from yuanmoe.cli.main import main
-from yuanmoe.config import preset
+from yuanmoe.presets import preset
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -23,8 +23,8 @@ from yuanmoe.checkpoint.formats.mapping import layout
 from yuanmoe.checkpoint.load import load_model, load_state
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.write.save import save_native
-from yuanmoe.config import preset
 from yuanmoe.errors import CheckpointError, ConfigError, ResourceError, UsageError
+from yuanmoe.presets import preset
 
 CONFIG = small_config(hidden_size=12, head_dim=12, intermediate_size=0, tie_word_embeddings=False)
 NORM = "model.layers.1.input_layernorm.weight"

@@ -8,7 +8,6 @@ import pytest
 
 from small_documents import Lists
 from small_tokenizers import bpe, small_sentencepiece
-from yuanmoe.config import preset
 from yuanmoe.data.loader.loader import LoaderOptions, WeightedDocuments
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.data.sets.datasets import check_datasets_fit, open_documents, open_sources
@@ -16,6 +15,7 @@ from yuanmoe.data.sets.manifest import DatasetManifest
 from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.data.sets.verify import verify_dataset
 from yuanmoe.errors import DataError, TokenizerError, UsageError
+from yuanmoe.presets import preset
 
 
 @pytest.fixture

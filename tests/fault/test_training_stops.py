@@ -18,11 +18,11 @@ from yuanmoe.checkpoint.write import writer
 from yuanmoe.cli import main
 from yuanmoe.cli.train import view as training_view
 from yuanmoe.cli.train.job import TrainingJob, run_training
-from yuanmoe.config import preset
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.data.sets.megatron import write_megatron
 from yuanmoe.data.sets.packed import PackedTokens
 from yuanmoe.errors import CheckpointError, DataError, ResourceError, TokenizerError, TrainingError
+from yuanmoe.presets import preset
 from yuanmoe.storage.run_folder import read_metrics
 from yuanmoe.train.recipe.recipes import named
 from yuanmoe.train.recipe.settings import override

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from yuanmoe.config import ModelConfig, preset
+from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.cluster import WIRES, Cluster, parse_cluster, wires_of
@@ -13,6 +13,7 @@ from yuanmoe.plan.cluster.parts import Case
 from yuanmoe.plan.cluster.relief import cluster_remedies
 from yuanmoe.plan.cluster.search import Candidate, ClusterRequest, model_flops, model_flops_utilization, nearest, rank
 from yuanmoe.plan.device.devices import DEVICES, find_device
+from yuanmoe.presets import preset
 from yuanmoe.units import GIB, parse_rate
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from yuanmoe.config import PRESETS, preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.decoder import CausalLM
 from yuanmoe.ops.quantize.groupwise import pack_weight, quantize_weight
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import activation_bytes
+from yuanmoe.presets import PRESETS, preset
 
 M32 = preset("m32")
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from yuanmoe.checkpoint.formats.official_config import official_config, official_fields
-from yuanmoe.config import ModelConfig, preset
+from yuanmoe.config import ModelConfig
+from yuanmoe.presets import preset
 
 M32 = {
     "architectures": ["YuanForCausalLM"],

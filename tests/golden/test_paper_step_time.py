@@ -2,9 +2,9 @@
 
 import pytest
 
-from yuanmoe.config import preset
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.paper import Model, Step, Times, three_dimensional, without_tensor_parallel
+from yuanmoe.presets import preset
 
 YUAN_102B = Model(num_layers=84, hidden_size=8192, vocab_size=135_040, filtered=True)
 YUAN_1 = Model(num_layers=76, hidden_size=16_384, vocab_size=53_228, filtered=False)

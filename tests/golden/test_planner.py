@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from yuanmoe.config import preset
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan.device import machine, planner
 from yuanmoe.plan.device.devices import DEVICES, Device, find_device
 from yuanmoe.plan.device.machine import Machine, Rate, as_device
 from yuanmoe.plan.device.planner import Remedy, Workload
+from yuanmoe.presets import preset
 from yuanmoe.units import GIB, format_count, format_size, parse_size
 
 M32 = preset("m32")

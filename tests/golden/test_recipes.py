@@ -6,10 +6,10 @@ import pytest
 
 from small_runs import recipe
 from yuanmoe.checkpoint.adapters.adapter import active_lora_parameters, adaptable_matrices
-from yuanmoe.config import preset
 from yuanmoe.errors import ConfigError, UsageError
 from yuanmoe.model.lora.targets import num_parameters, targets
 from yuanmoe.plan import cost
+from yuanmoe.presets import preset
 from yuanmoe.train.recipe.recipe import BalanceSettings
 from yuanmoe.train.recipe.recipes import RECIPES, named
 from yuanmoe.train.recipe.settings import differences, flat, override

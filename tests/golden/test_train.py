@@ -9,7 +9,6 @@ import torch
 
 from small_documents import Lists
 from small_runs import BATCH, LENGTH, batches, heldout, recipe, training, whole_batch
-from yuanmoe.config import preset
 from yuanmoe.data.loader.loader import Loader, LoaderOptions, WeightedDocuments
 from yuanmoe.errors import DataError
 from yuanmoe.model import experts, router
@@ -17,6 +16,7 @@ from yuanmoe.ops.cross_entropy import head_cross_entropy_reference
 from yuanmoe.ops.products.grouped import experts_reference
 from yuanmoe.ops.relations import relate_reference
 from yuanmoe.plan import cost
+from yuanmoe.presets import preset
 from yuanmoe.train.start.model import new_model
 from yuanmoe.train.steps import loop, step
 from yuanmoe.train.steps.loop import Training

@@ -27,7 +27,7 @@ from yuanmoe.checkpoint.load import load_model, load_state
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.write.convert import convert_checkpoint
 from yuanmoe.checkpoint.write.save import save_native, save_official
-from yuanmoe.config import PRESETS, preset
+from yuanmoe.presets import PRESETS, preset
 
 MOE = small_config(tie_word_embeddings=False, intermediate_size=0)
 DENSE = small_config(num_experts=0, moe_intermediate_size=0, tie_word_embeddings=False, partial_rotary_factor=1.0)

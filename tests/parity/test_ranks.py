@@ -10,9 +10,9 @@ from ranks import on_ranks
 from small_runs import BATCH, LENGTH, recipe
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.write.verify import verify_checkpoint
-from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.lora.targets import LoraSettings
+from yuanmoe.presets import preset
 from yuanmoe.train.parallel.layout import layout_of
 from yuanmoe.train.recipe.recipe import BalanceSettings
 from yuanmoe.train.start.model import new_model

@@ -9,9 +9,9 @@ from small_models import random_ids, random_model, small_config
 from small_runs import BATCH, LENGTH, batches, recipe, training, whole_batch
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.write.save import save_native, save_official
-from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
 from yuanmoe.model.router import AttentionRouter, LinearRouter, choose
+from yuanmoe.presets import preset
 from yuanmoe.train.recipe.recipe import BalanceSettings, OptimizerSettings
 from yuanmoe.train.start.model import loaded_model, new_model, on_weights
 from yuanmoe.train.steps.balance import RouterBiases, auxiliary_loss, balance_loss

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from small_documents import Lists
 from small_runs import BATCH, LENGTH, TINY, batches, recipe, whole_batch
 from small_tokenizers import bpe
-from yuanmoe.config import preset
 from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, WeightedDocuments
 from yuanmoe.data.prepare.formats import FormatOptions
 from yuanmoe.data.prepare.pack import PackOptions, pack_dataset, pack_texts
+from yuanmoe.presets import preset
 from yuanmoe.text.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from yuanmoe.train.recipe.recipe import BalanceSettings
 from yuanmoe.train.recipe.recipes import named

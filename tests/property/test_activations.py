@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from yuanmoe.config import ModelConfig, preset
+from yuanmoe.config import ModelConfig
 from yuanmoe.model.decoder import CausalLM
 from yuanmoe.ops.cross_entropy import BLOCK_TOKENS
 from yuanmoe.plan.activations import CHECKPOINTING, LOSS_BLOCK, kept_bytes
+from yuanmoe.presets import preset
 
 TOKENS = 64
 

@@ -16,7 +16,8 @@ from yuanmoe.checkpoint.formats.official_config import official_config, official
 from yuanmoe.checkpoint.load import load_state
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.write.save import save_native, save_official
-from yuanmoe.config import PRESETS, ModelConfig, preset
+from yuanmoe.config import ModelConfig
+from yuanmoe.presets import PRESETS, preset
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 

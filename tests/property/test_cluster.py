@@ -6,7 +6,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from yuanmoe.config import preset
 from yuanmoe.plan import cost
 from yuanmoe.plan.activations import CHECKPOINTING, Checkpointing
 from yuanmoe.plan.cluster.cluster import WIRES, Cluster, wires_of
@@ -14,6 +13,7 @@ from yuanmoe.plan.cluster.layout import SHARDING, Layout, TrainingStep, layouts
 from yuanmoe.plan.cluster.parts import Case
 from yuanmoe.plan.cluster.search import Candidate, ClusterRequest, Plan, equation_4_s, nearest, rank
 from yuanmoe.plan.device.devices import DEVICES
+from yuanmoe.presets import preset
 
 MODELS = {name: preset(name) for name in ("m32", "2b", "nano")} | {
     "uneven": preset("nano", num_hidden_layers=6, num_experts=[8, 0, 16, 0, 4, 8], intermediate_size=512)

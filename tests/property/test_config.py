@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 
 from small_models import VARIANTS, configs, small_config
-from yuanmoe.config import ALIASES, PRESETS, ModelConfig, preset
+from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ConfigError
+from yuanmoe.presets import ALIASES, PRESETS, preset
 
 WRONG = [
     ({"vocab_size": 0}, "vocab_size is 0; it must be at least 1"),

@@ -16,10 +16,10 @@ from small_models import (
     route_gap,
     small_config,
 )
-from yuanmoe.config import preset
 from yuanmoe.errors import ContextLengthError
 from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.state.cache import Cache
+from yuanmoe.presets import preset
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_models import configs, small_config
-from yuanmoe.config import preset
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cluster.layout import balanced_stages, check_stages
+from yuanmoe.presets import preset
 from yuanmoe.train.parallel.pipeline import passes
 
 SCHEDULES = st.sampled_from(["1f1b", "gpipe"])

@@ -6,11 +6,11 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yuanmoe.config import preset
 from yuanmoe.plan.cost import PRECISIONS
 from yuanmoe.plan.device import planner
 from yuanmoe.plan.device.devices import DEVICES, Device
 from yuanmoe.plan.device.planner import Workload
+from yuanmoe.presets import preset
 from yuanmoe.units import GIB
 
 NEXT_BITS = {4: 8, 8: 16}

@@ -33,6 +33,7 @@ from yuanmoe.checkpoint.formats.packed_weight import packed_formats, packed_weig
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError, ConfigError, UsageError
 from yuanmoe.plan.cost import Precision
+from yuanmoe.shipped import model_folder
 from yuanmoe.storage.json_file import read_json
 
 Format = Literal["native", "official", "gptq", "megatron"]
@@ -74,12 +75,12 @@ class OpenCheckpoint:
 
 
 def open_checkpoint(path: Path | str, *, ignore_unknown: bool = False) -> OpenCheckpoint:
-    """The checkpoint in a directory.
+    """The checkpoint in a directory; `small` is the shipped one.
 
     `ignore_unknown` goes on where config.json has keys, or the files have tensors, that this package does not know.
     Raises CheckpointError, UnsafePickleError or ConfigError, each naming the file and what is wrong with it.
     """
-    path = Path(path)
+    path = model_folder(path)
     if not path.is_dir():
         fault = "is a file; give its directory" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {fault}")
@@ -121,11 +122,12 @@ def _open(path: Path, ignore_unknown: bool) -> OpenCheckpoint:
     return _open_official(path, "gptq", fields, unpacked, values, ignore_unknown)
 
 
-def read_config(path: Path) -> tuple[ModelConfig, Precision | None]:
+def read_config(path: Path | str) -> tuple[ModelConfig, Precision | None]:
     """What a directory's model is and how it is quantized; from config.json alone, whose weights need not be there.
 
     Megatron shards without a config.json are opened: they carry their sizes themselves. Raises what opening does.
     """
+    path = model_folder(path)
     file = path / "config.json"
     if not file.is_file():
         return open_checkpoint(path).config, None

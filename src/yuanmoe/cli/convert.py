@@ -6,18 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from yuanmoe.cli.terminal.models import Checkpoint
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
-from yuanmoe.shipped import SMALL, model_folder
 from yuanmoe.units import format_size, parse_size
-
-Checkpoint = Annotated[
-    Path,
-    typer.Argument(
-        parser=model_folder,
-        help=f"A checkpoint directory of any format; {SMALL} is the one that comes with yuanmoe.",
-    ),
-]
 
 
 def convert(

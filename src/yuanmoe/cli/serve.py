@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from yuanmoe.cli.generate.command import Device, Dtype, KvDtype, Model, Threads
+from yuanmoe.cli.terminal.models import Device, Dtype, KvDtype, OptionalModel, Threads, model_or_shipped
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cost import forward_flops
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: Model,
+    model: OptionalModel = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     model_name: Annotated[str | None, typer.Option(help="For requests; by default the directory's name.")] = None,
@@ -69,8 +69,9 @@ def serve(
     access = _access(api_keys, requests_per_minute, max_concurrency, cors_origin, host, max_body)
     # Before the weights are loaded, which may take minutes.
     with bind(host, port) as bound:
-        model_id = model_name or model.resolve().name
-        lm, adapters = _load(console, model, model_id, adapter or [], dtype, kv_dtype, device, threads)
+        folder = model_or_shipped(model)
+        model_id = model_name or folder.resolve().name
+        lm, adapters = _load(console, folder, model_id, adapter or [], dtype, kv_dtype, device, threads)
         settings = Settings(
             model_id=model_id,
             access=access,

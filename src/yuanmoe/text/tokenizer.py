@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.shipped import model_folder
 from yuanmoe.storage.whole_file import write_synced
 from yuanmoe.text.chat_template import EOD, PAD, SEP, chat_template
 
@@ -182,11 +183,12 @@ class Tokenizer(ABC):
 def load_tokenizer(path: str | Path, *, whitespace: Whitespace = "strip") -> Tokenizer:
     """The tokenizer of a checkpoint directory (or one file): `tokenizer.model`, else `tokenizer.json`.
 
-    `whitespace` is for the official model, see `SentencePieceTokenizer`. Other files of the directory are not read:
-    released `tokenizer_config.json`s ask for begin and end tokens that the models never saw. Raises TokenizerError.
+    `small` is that of the shipped model. `whitespace` is for the official model, see `SentencePieceTokenizer`. Other
+    files of the directory are not read: released `tokenizer_config.json`s ask for begin and end tokens that the models
+    never saw. Raises TokenizerError.
     """
     # Imported here: each needs a native library that the other kind of checkpoint does without.
-    path = Path(path)
+    path = model_folder(path)
     names = ("tokenizer.model", "tokenizer.json")
     file = next((file for file in (*(path / name for name in names), path) if file.is_file()), None)
     if file is None:

@@ -7,7 +7,6 @@ Not here: tensors (`mapping.py`); whether the head is the embedding, which the t
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from yuanmoe.checkpoint.formats.native_config import dtype_name
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import ConfigError
+from yuanmoe.hints import closest
 
 EXTENSION = "yuanmoe"
 
@@ -93,8 +93,8 @@ def official_fields(config: Mapping[str, Any], *, ignore_unknown: bool = False) 
 def _check_known(values: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            close = closest(key, known)
+            hint = f"did you mean {close}? " if close else ""
             raise ConfigError(
                 f"unknown config key {key!r}; {hint}If it does not change what the model computes, take it out of the "
                 "file, or go on without it: ignore_unknown=True, or yuanmoe convert --ignore-unknown"

@@ -8,6 +8,7 @@ from typing import Literal, Unpack, get_args
 
 import torch
 
+from yuanmoe.checkpoint.formats.native_config import parse_dtype
 from yuanmoe.checkpoint.open import open_checkpoint
 from yuanmoe.checkpoint.write.save import save_native, save_official
 from yuanmoe.checkpoint.write.writer import WriteOptions, Written
@@ -22,7 +23,7 @@ def convert_checkpoint(
     dst: Path | str,
     *,
     to: Target = "native",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     rope_theta: float | None = None,
     ignore_unknown: bool = False,
     **options: Unpack[WriteOptions],
@@ -36,6 +37,7 @@ def convert_checkpoint(
         raise UsageError(f"cannot convert to {to!r}; known: {', '.join(get_args(Target))}")
     check_apart(src, dst)
     source = open_checkpoint(src, ignore_unknown=ignore_unknown)
+    dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     config = source.config if rope_theta is None else source.config.replace(rope_theta=rope_theta)
     save = save_native if to == "native" else save_official
     return save(source, config, dst, dtype=dtype, **options)

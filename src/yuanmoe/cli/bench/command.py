@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from yuanmoe.cli.bench.view import print_decode, print_phase
+from yuanmoe.cli.terminal.models import QuantizedModel
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 
@@ -50,8 +51,8 @@ def layers(
     from yuanmoe.bench.layers import compare_layers
     from yuanmoe.checkpoint.formats.native_config import parse_dtype
     from yuanmoe.checkpoint.load import usable_device
-    from yuanmoe.config import preset as named
     from yuanmoe.plan.device.machine import measure_bandwidth
+    from yuanmoe.presets import preset as named
 
     device = str(usable_device(device))
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -81,7 +82,7 @@ def layers(
 @bench.command()
 def decode(
     preset: Annotated[str, typer.Option(help="Whose sizes.")] = "yuan2-m32",
-    model: Annotated[Path | None, typer.Option(help="A quantized checkpoint instead.")] = None,
+    model: QuantizedModel = None,
     weights: Annotated[
         Literal["synthetic"], typer.Option(help="Of a preset: random ones, made in the packed layout.")
     ] = "synthetic",
@@ -171,7 +172,7 @@ def _synthetic(name: str, bits: int, layers: int | None, load: "DecodeSettings")
     from yuanmoe.bench.decode import check_decode_settings
     from yuanmoe.bench.synthetic import synthetic_model
     from yuanmoe.checkpoint.formats.packed_weight import policy
-    from yuanmoe.config import preset as named
+    from yuanmoe.presets import preset as named
 
     config = named(name) if layers is None else named(name, num_hidden_layers=layers)
     precision = policy(config, bits)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from yuanmoe.cli.terminal.models import OptionalTokenizer, Tokenizer
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.errors import UsageError
@@ -21,7 +22,6 @@ data = typer.Typer(
 )
 
 Dataset = Annotated[Path, typer.Argument(help="A dataset, or a Megatron pair by its name.")]
-TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", help="Its file, or a folder with it.")]
 
 
 @data.command()
@@ -29,7 +29,7 @@ def pack(
     paths: Annotated[
         list[Path], typer.Argument(metavar="IN... OUT", help="Files and folders of text, then the result.")
     ],
-    tokenizer: Annotated[Path, typer.Option(help="A model or its tokenizer file.")],
+    tokenizer: Tokenizer,
     form: Annotated[
         Literal["text", "chat", "official", "official-sft"],
         typer.Option("--format", help="What a record is: text, a conversation, or the official lines."),
@@ -109,7 +109,7 @@ def info(path: Dataset) -> None:
 
 
 @data.command("verify")
-def verify_tokens(path: Dataset, tokenizer: TokenizerPath = None) -> None:
+def verify_tokens(path: Dataset, tokenizer: OptionalTokenizer = None) -> None:
     """Read all of a dataset: checksums, and whether every id is in the vocabulary."""
     from yuanmoe.data.sets.datasets import open_documents
     from yuanmoe.data.sets.verify import verify_dataset as verify_documents
@@ -128,7 +128,7 @@ def preview(
     path: Dataset,
     document: Annotated[int, typer.Option(min=0, help="Number of the document, from 0.")] = 0,
     tokens: Annotated[int, typer.Option(min=1, help="At most so many of its tokens.")] = 512,
-    tokenizer: TokenizerPath = None,
+    tokenizer: OptionalTokenizer = None,
 ) -> None:
     """Show a document, and which of its tokens are to be learned: in green, or between {+ and +}."""
     from yuanmoe.cli.data.preview import preview_document

@@ -18,13 +18,14 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from yuanmoe.cli.plan.command import read_model
 from yuanmoe.cli.terminal.output import people, print_result, print_table
-from yuanmoe.config import PRESETS, ModelConfig, preset
+from yuanmoe.config import ModelConfig
+from yuanmoe.estimate import read_model
 from yuanmoe.plan.cost import PRECISIONS, Precision, weight_bytes
 from yuanmoe.plan.device.devices import Device
 from yuanmoe.plan.device.machine import Machine, as_device, measure_bandwidth, measure_matmul, read_machine
 from yuanmoe.plan.device.planner import decode_speed, fits, memory, workload_of
+from yuanmoe.presets import PRESETS, preset
 from yuanmoe.units import format_count, format_size
 
 REQUIRED = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "typer", "rich")

@@ -15,9 +15,9 @@ import typer
 from yuanmoe.cli.generate.answer import bandwidth_bound, bound_note, emit, speak, statistics, write
 from yuanmoe.cli.generate.conversation import Conversation
 from yuanmoe.cli.generate.experts import chosen_layer, coloured_writer, routings_json, show_loads
+from yuanmoe.cli.terminal.models import Device, Dtype, KvDtype, OptionalModel, Threads, model_or_shipped
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
-from yuanmoe.shipped import CARD, SMALL, model_folder, small_folder
 
 if TYPE_CHECKING:
     from yuanmoe.lm import Completion, LanguageModel, OpenedModel, Stream
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 NEW_TOKENS = 256
 """Where nothing else is asked for."""
 
-_MODEL = typer.Option(
-    metavar="<path>",
-    parser=model_folder,
-    help=f"Directory of a checkpoint, of any format; {SMALL} is the one that comes with yuanmoe.",
-)
-Model = Annotated[Path, _MODEL]
-OptionalModel = Annotated[Path | None, _MODEL]
 Adapter = Annotated[Path | None, typer.Option(help="Directory of an adapter of this model, as LoRA writes it.")]
 Prompt = Annotated[str | None, typer.Argument(help="Text to continue; by default stdin.")]
 PromptFile = Annotated[Path | None, typer.Option(help="A file that holds the prompt.")]
@@ -47,16 +40,6 @@ MinP = Annotated[float, typer.Option(help="Only tokens this share as likely as t
 Penalty = Annotated[float, typer.Option(help="Above 1, tokens of prompt and answer get less likely.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer, as <eod> does; repeatable.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's own; float32 if quantized]"),
-]
-KvDtype = Annotated[
-    str | None,
-    typer.Option(help="Of keys and values: bf16, or int8, which takes half. [default: the dtype; bf16 if quantized]"),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default a GPU where there is one.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as there are cores.")]
 ShowExperts = Annotated[
     bool, typer.Option("--show-experts", help="Colour each token by its first expert; list each layer's load.")
 ]
@@ -107,9 +90,7 @@ def generate(
         raise UsageError("--suffix and --instruct exclude each other: a question has no text after its answer")
     text = _read_prompt(prompt, prompt_file)
     _check_answer(sampling | {"max_new_tokens": max_new_tokens}, stop)
-    if model is None:
-        model = small_folder()
-        print(f"no --model: the small one that comes with yuanmoe completes Python ({model / CARD})", file=sys.stderr)
+    model = model_or_shipped(model)
     opened = _open(model, adapter, dtype, kv_dtype, device, threads)
     show_experts = show_experts or expert_layer is not None
     place = chosen_layer(opened.config, expert_layer) if show_experts else None
@@ -127,7 +108,7 @@ def generate(
 
 
 def chat(
-    model: Model,
+    model: OptionalModel = None,
     adapter: Adapter = None,
     system: Annotated[str | None, typer.Option(help="Text that stands before the conversation.")] = None,
     max_new_tokens: AnswerTokens = None,
@@ -154,7 +135,7 @@ def chat(
         "seed": seed,
     }
     _check_answer(sampling, stop)
-    lm = _load(_open(model, adapter, dtype, kv_dtype, device, threads))
+    lm = _load(_open(model_or_shipped(model), adapter, dtype, kv_dtype, device, threads))
     conversation = Conversation(lm, system=system, stop=stop or (), sampling=sampling)
     conversation.run()
     if conversation.failed:

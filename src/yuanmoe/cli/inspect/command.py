@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from yuanmoe.cli.generate.command import Device, Dtype, KvDtype, Model, Threads
 from yuanmoe.cli.inspect.view import show_rope, show_routing
+from yuanmoe.cli.terminal.models import Device, Dtype, KvDtype, Model, Threads
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.cli.terminal.progress import tokens_progress
 from yuanmoe.cli.terminal.text_file import read_text

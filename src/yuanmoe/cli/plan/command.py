@@ -3,7 +3,6 @@
 Running it on one device is told by `plan_device.py`, training it on a cluster by `plan_cluster.py`.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -11,13 +10,11 @@ import typer
 from yuanmoe.cli.plan.cluster import Wishes, cluster_report, request_of, show_cluster
 from yuanmoe.cli.plan.device import device_report, show_device
 from yuanmoe.cli.terminal.output import people, print_result
-from yuanmoe.config import ALIASES, PRESETS, ModelConfig, preset
 from yuanmoe.errors import UsageError
-from yuanmoe.plan import cost
+from yuanmoe.estimate import device_named, read_model
 from yuanmoe.plan.cluster.cluster import parse_cluster
-from yuanmoe.plan.device.devices import Device, find_device
-from yuanmoe.plan.device.machine import as_device, measure_bandwidth, measure_matmul, read_machine
 from yuanmoe.plan.device.planner import workload_of
+from yuanmoe.presets import PRESETS
 from yuanmoe.units import parse_size
 
 RUNNING = ("bits", "context", "batch", "kv_dtype", "device")
@@ -58,6 +55,7 @@ def plan(
 ) -> None:
     """Say whether a model fits, how fast it can be and what it costs, without loading it."""
     name, config, stored = read_model(model)
+    memory_bytes = parse_size(ram) if ram else None
     if cluster is not None:
         _refuse(ctx, RUNNING, "is about running a model; leave it out with --cluster")
         wishes = Wishes(
@@ -71,11 +69,11 @@ def plan(
             efficiency=efficiency,
         )
         devices, device_name = parse_cluster(cluster)
-        target = _device(None if device_name == "cpu" else device_name, ram)
+        target = device_named(None if device_name == "cpu" else device_name, memory_bytes)
         report, show = cluster_report(name, request_of(config, target, devices, wishes), tokens), show_cluster
     else:
         _refuse(ctx, TRAINING, "is about training; it needs --cluster")
-        target = _device(device, ram)
+        target = device_named(device, memory_bytes)
         context = config.max_position_embeddings if context is None else context
         kv_bits = 8 if kv_dtype == "int8" else 16
         load = workload_of(config, stored, target, context=context, batch=batch, kv_bits=kv_bits)
@@ -90,28 +88,3 @@ def _refuse(ctx: typer.Context, options: tuple[str, ...], reason: str) -> None:
         source = ctx.get_parameter_source(option)
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"--{option.replace('_', '-')} {reason}")
-
-
-def read_model(model: str) -> tuple[str, ModelConfig, cost.Precision | None]:
-    """A name and a configuration: of a preset, or of a checkpoint directory of any format, and how it is quantized.
-
-    Raises UsageError when it is neither, and what opening a checkpoint raises.
-    """
-    directory = Path(model)
-    if directory.is_dir():
-        # Checkpoints know torch's dtypes, and importing torch takes seconds; a preset needs none of it.
-        from yuanmoe.checkpoint.open import read_config
-
-        return directory.resolve().name, *read_config(directory)
-    name = ALIASES.get(model.lower(), model.lower())
-    if name not in PRESETS:
-        raise UsageError(f"{model!r} is neither a directory nor a preset; presets: {', '.join(PRESETS)}")
-    return name, preset(name), None
-
-
-def _device(name: str | None, ram: str | None) -> Device:
-    memory_bytes = parse_size(ram) if ram else None
-    if name is None:
-        return as_device(read_machine(), measure_bandwidth(), measure_matmul(), memory_bytes)
-    device = find_device(name)
-    return device.with_memory(memory_bytes) if memory_bytes else device

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from yuanmoe.cli.convert import Checkpoint
-from yuanmoe.cli.generate.command import Threads
 from yuanmoe.cli.quantize.view import show_plan, show_quality, show_report
+from yuanmoe.cli.terminal.models import Checkpoint, Threads
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress, tokens_progress
 from yuanmoe.cli.terminal.text_file import read_tokens

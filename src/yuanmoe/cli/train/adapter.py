@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from yuanmoe.cli.terminal.models import FullPrecisionBase
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.config import ModelConfig
@@ -52,7 +53,7 @@ def show(source: Source) -> None:
 def merge(
     source: Source,
     dst: Target,
-    model: Annotated[Path, typer.Option(help="Directory of its base, in full precision.")],
+    model: FullPrecisionBase,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the base with the adapter in its weights. Interrupted, it goes on where it was when called again."""

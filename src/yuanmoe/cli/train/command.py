@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from yuanmoe.cli.terminal.models import Init, OptionalTokenizer
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan import cost
@@ -49,9 +50,9 @@ def train(
     heldout: Annotated[
         list[Path] | None, typer.Option(help="Dataset to measure on, beside those that --data has.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Of the data; needed where no dataset brings its own.")] = None,
+    tokenizer: OptionalTokenizer = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Checkpoint of any format to start from.")] = None,
+    init: Init = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: optimizer.learning_rate=3e-4.")
     ] = None,

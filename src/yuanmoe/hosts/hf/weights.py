@@ -18,8 +18,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from yuanmoe.checkpoint.files.lazy import TensorView
 from yuanmoe.checkpoint.formats.mapping import TensorLayout, layout, to_native, to_official
-from yuanmoe.config import ModelConfig, preset
+from yuanmoe.config import ModelConfig
 from yuanmoe.errors import CheckpointError
+from yuanmoe.presets import preset
 
 _FIRST_LAYER = "model.layers.0."
 

@@ -5,12 +5,12 @@ filled in that order. Not here: what a device computes (`devices.py`), what is s
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from dataclasses import dataclass
 
 from yuanmoe.errors import UsageError
+from yuanmoe.hints import did_you_mean
 from yuanmoe.plan.device.devices import DEVICES, Device
 
 LINK_SHARE = 0.85
@@ -150,7 +150,6 @@ def parse_cluster(text: str) -> tuple[int, str]:
     count, name = (int(match[1] or 1), match[2]) if match else (1, "")
     known = [*WIRES, *(device.name for device in DEVICES.values() if device.kind == "cpu"), "cpu"]
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        hint = did_you_mean(name, known, otherwise=f"known: {', '.join(known)}")
         raise UsageError(f"unknown cluster {text!r}; write it like 8xh100-80 or cpu; {hint}")
     return count, name

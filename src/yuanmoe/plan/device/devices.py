@@ -5,11 +5,11 @@ the data sheet. Vendors' gigabytes of device memory are GiB. Not here: this mach
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
 from yuanmoe.errors import UsageError
+from yuanmoe.hints import did_you_mean
 from yuanmoe.units import GIB
 
 Kind = Literal["cpu", "gpu", "unified"]
@@ -94,7 +94,6 @@ def find_device(name: str) -> Device:
     """A device of the table, case-insensitive. Raises UsageError for an unknown name."""
     device = DEVICES.get(name.lower())
     if device is None:
-        close = difflib.get_close_matches(name.lower(), DEVICES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known devices: {', '.join(DEVICES)}"
+        hint = did_you_mean(name.lower(), DEVICES, otherwise=f"known devices: {', '.join(DEVICES)}")
         raise UsageError(f"unknown device {name!r}; {hint}")
     return device

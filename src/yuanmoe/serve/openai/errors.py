@@ -3,13 +3,13 @@
 Source: the error object of the OpenAI API, `{"error": {"message", "type", "param", "code"}}`.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from yuanmoe.errors import ContextLengthError, UsageError, YuanError
+from yuanmoe.hints import closest
 
 KINDS = {
     400: "invalid_request_error",
@@ -123,5 +123,5 @@ def _path(error: Any, body: Any) -> tuple[str | int, ...]:
 
 
 def _unknown_field(param: str, name: str, fields: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(fields), n=1)
-    return f"unknown field {param!r}" + (f"; did you mean {close[0]!r}?" if close else "; leave it out")
+    close = closest(name, fields)
+    return f"unknown field {param!r}; " + ("leave it out" if close is None else f"did you mean {close!r}?")

@@ -4,12 +4,13 @@ Sources: arXiv 2405.17976 (M32), arXiv 2311.15786 (Yuan 2.0) and the released tr
 them. `nano` and `small` are ours; how their numbers were found is beside them.
 """
 
-import difflib
 from collections.abc import Callable
 
-from yuanmoe.config import ModelConfig, preset
+from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
+from yuanmoe.hints import closest
 from yuanmoe.model.lora.targets import LoraSettings
+from yuanmoe.presets import preset
 from yuanmoe.train.recipe.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
 
 CODE_PROMPTS = ("def read_lines(path):\n    ", "class Stack:\n    def __init__(self", "import os\n\nfor name in ")
@@ -158,7 +159,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 def named(name: str) -> Recipe:
     """The recipe of that name. Raises UsageError for an unknown one."""
     if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        close = closest(name, RECIPES)
+        hint = f"did you mean {close}? " if close else ""
         raise UsageError(f"unknown recipe {name!r}; {hint}Recipes: {', '.join(RECIPES)}")
     return RECIPES[name]()

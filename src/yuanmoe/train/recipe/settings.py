@@ -5,13 +5,13 @@ itself (`recipe.py`).
 """
 
 import dataclasses
-import difflib
 import json
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from yuanmoe.errors import UsageError
+from yuanmoe.hints import closest
 from yuanmoe.train.recipe.recipe import Recipe
 
 _WORDS = {"true": True, "false": False}
@@ -50,13 +50,10 @@ def _known(recipe: Recipe, name: str) -> tuple[str, str]:
         section, _, field = name.partition(".")
         return section, field
     fields = {known.partition(".")[2]: known for known in names}
-    close = difflib.get_close_matches(name, names, n=1) or [
-        fields[field] for field in difflib.get_close_matches(name.rpartition(".")[2], fields, n=1, cutoff=0.4)
-    ]
-    raise UsageError(
-        f"unknown setting {name!r}"
-        + (f"; did you mean {close[0]}?" if close else f"; sections: {', '.join(recipe.to_dict())}")
-    )
+    field = closest(name.rpartition(".")[2], fields, cutoff=0.4)
+    close = closest(name, names) or (field and fields[field])
+    hint = f"did you mean {close}?" if close else f"sections: {', '.join(recipe.to_dict())}"
+    raise UsageError(f"unknown setting {name!r}; {hint}")
 
 
 def _type(settings: Any, field: str) -> Any:

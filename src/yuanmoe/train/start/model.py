@@ -56,7 +56,7 @@ def loaded_model(recipe: Recipe, source: OpenCheckpoint, device: torch.device | 
     if source.precision is not None:
         raise UsageError(
             f"{source.path} holds weights of {source.precision.bits} bits, which have no gradient; "
-            "start from the checkpoint that they were made of"
+            "start from the checkpoint that they were made of, or adapt them with LoRA: yuanmoe train m32-lora --init"
         )
     table = layout(recipe.model).native
     if not layout(source.config).native.items() <= table.items():
