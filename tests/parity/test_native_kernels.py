@@ -148,16 +148,18 @@ def test_quantized_moe_is_within_its_bound_on_every_variant(bits, group_size, to
     ("tokens", "rows", "columns"),
     [(1, 1, 1), (0, 3, 8), (3, 37, 91), (4, 16, 64), (1, 5, 1000), (7, 37, 91), (25, 33, 96), (99, 70, 40)],
 )
-def test_bf16_linear_is_within_its_bound_on_every_variant(tokens, rows, columns):
-    x, weight = torch.randn(tokens, columns), torch.randn(rows, columns).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_whole_linear_is_within_its_bound_on_every_variant(dtype, tokens, rows, columns):
+    x, weight = torch.randn(tokens, columns), torch.randn(rows, columns).to(dtype)
     results = [kernels.linear(x, weight) for kernels in supported()]
     bound = (columns / 32 + 7) * EPSILON * (x.double().abs() @ weight.double().abs().mT)
     assert_within(results[0], x.double() @ weight.double().mT, bound)
     assert all(torch.equal(result, results[0]) for result in results), "variants differ"
 
 
-def test_a_bf16_token_has_the_same_bits_alone_and_in_company():
-    x, weight = torch.randn(41, 200), torch.randn(70, 200).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_under_whole_weights_a_token_has_the_same_bits_alone_and_in_company(dtype):
+    x, weight = torch.randn(41, 200), torch.randn(70, 200).to(dtype)
     for kernels in supported():
         together = kernels.linear(x, weight)
         for first, last in ((0, 1), (3, 5), (7, 20)):

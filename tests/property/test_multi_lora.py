@@ -140,9 +140,7 @@ def test_who_has_no_adapter_is_answered_bit_for_bit_as_without_neighbours_that_h
         (alone,) = run(Engine(model), [dataclasses.replace(each, adapter=None)])
         detach(model)
         assert [(o.token_id, o.logprob) for o in by_itself] == [(o.token_id, o.logprob) for o in alone]
-        # Corrections are float32 products, which move an activation over the edge between two codes of 8 bits.
-        assert ids(outputs) == ids(alone)
-        assert [o.logprob for o in outputs] == pytest.approx([o.logprob for o in alone], abs=0.1)
+        assert [(o.token_id, o.logprob) for o in outputs] == [(o.token_id, o.logprob) for o in alone]
 
 
 def test_the_model_is_as_it_was_between_passes_also_after_one_that_failed():

@@ -5,38 +5,19 @@ And int8 keys and values stay within half a step.
 Legend: B sequences, T slots, H heads, C head channels.
 """
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_writers import memory_folder
-from small_models import VARIANTS, feed, random_ids, random_model, small_config
-from yuanmoe.checkpoint.load import load_model
-from yuanmoe.checkpoint.quantize.quantize import quantize_checkpoint
-from yuanmoe.checkpoint.write.save import save_native
+from small_models import VARIANTS, feed, random_ids
+from small_quantized import OFFICIAL, SOURCES, quantized
 from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
-from yuanmoe.model.quantized.build import QuantizedYuan
 from yuanmoe.model.state.key_values import Slots, attend
 from yuanmoe.ops import native
 
 NEW_TOKENS = 4
-
-
-@functools.cache
-def quantized(variant: str, bits: int, spread: float = 0.3) -> QuantizedYuan:
-    """A model of bfloat16 weights in few bits; the mapped files may vanish, their pages stay."""
-    config = small_config(hidden_size=32, head_dim=16, initializer_range=spread, **VARIANTS[variant])
-    state = {name: tensor.bfloat16() for name, tensor in random_model(config).state_dict().items()}
-    with memory_folder() as folder:
-        save_native(state, config, f"{folder}/src")
-        quantize_checkpoint(f"{folder}/src", f"{folder}/dst", bits=bits)
-        model = load_model(f"{folder}/dst")
-    assert isinstance(model, QuantizedYuan)
-    return model
 
 
 def greedy(model, prompts, **options):
@@ -52,22 +33,25 @@ def greedy(model, prompts, **options):
 @settings(max_examples=6)
 @given(
     variant=st.sampled_from(sorted(VARIANTS)),
+    source=st.sampled_from(SOURCES),
     lengths=st.lists(st.integers(1, 20), min_size=2, max_size=3),
     chunk_size=st.integers(2, 30),
     seed=st.integers(0, 9),
 )
-def test_greedy_answers_depend_on_no_batch_and_no_chunks(bits, variant, lengths, chunk_size, seed):
+def test_greedy_answers_depend_on_no_batch_and_no_chunks(bits, variant, source, lengths, chunk_size, seed):
     torch.manual_seed(seed)
-    model, prompts = quantized(variant, bits), [random_ids(length) for length in lengths]
+    source = source if source != "gptq" or variant in OFFICIAL else "float16"
+    model, prompts = quantized(variant, bits, source), [random_ids(length) for length in lengths]
     alone = [greedy(model, [prompt])[0] for prompt in prompts]
     assert greedy(model, prompts, chunk_size=chunk_size) == alone
 
 
 @pytest.mark.skipif(not native.available(), reason=f"no compiled kernels: {native.reason()}")
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("source", SOURCES)
 @torch.inference_mode()
-def test_logits_are_the_same_bit_for_bit(kv_dtype):
-    model = quantized("m32", 4)
+def test_logits_are_the_same_bit_for_bit_on_one_thread_and_two(source, kv_dtype):
+    model = quantized("m32", 4, source)
     prompts = [random_ids(length) for length in (17, 5, 23)]
     model.kv_dtype, before = kv_dtype, torch.get_num_threads()
     try:

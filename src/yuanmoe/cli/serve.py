@@ -17,7 +17,7 @@ from yuanmoe.cli.terminal.models import Device, Dtype, KvDtype, OptionalModel, T
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cost import forward_flops
-from yuanmoe.plan.device.machine import measure_matmul, read_machine
+from yuanmoe.plan.device.machine import limits_in_words, measure_matmul, read_machine
 from yuanmoe.units import GIB, format_size, parse_size
 
 MOST_STEP_TOKENS = 512
@@ -104,13 +104,11 @@ def _load(
     threads: int | None,
 ) -> tuple["LanguageModel", dict[str, "Adapter"]]:
     with console.status(f"loading {model}"):
-        import torch
-
         from yuanmoe.lm import open_model
+        from yuanmoe.ops.threads import use_threads
         from yuanmoe.serve.core.adapters import read_adapters
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        use_threads(threads)
         opened = open_model(model, dtype, device, kv_dtype)
         # What is wrong with an adapter is said before the weights take their time.
         read = read_adapters(adapters, opened.source, model_id)
@@ -164,7 +162,8 @@ def _greet(console: Console, launched: "Launched", address: str, access: "Access
     console.print(
         f"[bold]{service.model_id}[/] at {address}/v1, page at {address}/\n"
         f"room for {service.cache_tokens:,} tokens of keys and values ({format_size(launched.cache_bytes)}): "
-        f"{contexts:.1f} contexts of {service.config.max_position_embeddings:,}",
+        f"{contexts:.1f} contexts of {service.config.max_position_embeddings:,}\n"
+        f"beside the weights: {limits_in_words(read_machine())}",
         soft_wrap=True,
     )
     for name, adapter in service.adapters.items():

@@ -35,6 +35,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, moe_intermediate_size))
         self.gate_up_proj_lora: LowRank | None = None
         self.down_proj_lora: LowRank | None = None
+        self.token_exact = False
+        """Whether a token's result is the same bits in any company, as in a quantized model."""
 
     def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
         return experts_forward(
@@ -45,6 +47,7 @@ class Experts(nn.Module):
             routing.experts,
             factors_of(self.gate_up_proj_lora),
             factors_of(self.down_proj_lora),
+            token_exact=self.token_exact,
         )
 
     def networks(self, tokens: Float[Tensor, "M D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "M D"]:

@@ -4,7 +4,7 @@ know."""
 from torch import Tensor, nn
 
 from yuanmoe.model.lora.low_rank import LowRank
-from yuanmoe.ops.products.linear import linear
+from yuanmoe.ops.products.linear import linear, token_exact_linear
 
 
 class Linear(nn.Linear):
@@ -13,7 +13,10 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.lora: LowRank | None = None
+        self.token_exact = False
+        """Whether a token's product is the same bits in any company, as in a quantized model."""
 
     def forward(self, input: Tensor) -> Tensor:
-        out = linear(input, self.weight, self.bias)
+        product = token_exact_linear if self.token_exact else linear
+        out = product(input, self.weight, self.bias)
         return out if self.lora is None else out + self.lora(input)

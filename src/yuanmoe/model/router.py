@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from yuanmoe.model.lora.low_rank import LowRank
 from yuanmoe.ops import native
-from yuanmoe.ops.products.linear import linear
+from yuanmoe.ops.products.linear import linear, token_exact_linear
 from yuanmoe.ops.relations import relate
 
 
@@ -58,9 +58,11 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, hidden_size))
         self.register_buffer("bias", torch.zeros(num_experts) if bias else None)
         self.lora: LowRank | None = None
+        self.token_exact = False
+        """Whether a token's scores are the same bits in any company, as in a quantized model."""
 
     def project(self, x: Tensor) -> Tensor:
-        out = linear(x, self.weight)
+        out = token_exact_linear(x, self.weight) if self.token_exact else linear(x, self.weight)
         return out if self.lora is None else out + self.lora(x)
 
 

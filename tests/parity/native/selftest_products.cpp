@@ -90,21 +90,37 @@ void test_linear(int64_t tokens, int64_t rows, int64_t columns, int bits, int gr
     }
 }
 
-void test_linear_bf16(int64_t tokens, int64_t rows, int64_t columns) {
-    std::vector<uint16_t> weight(rows * columns);
+float stored(float value, float*) { return value; }
+uint16_t stored(float value, uint16_t*) { return to_bfloat16(value); }
+double value_of(float value) { return value; }
+double value_of(uint16_t value) { return bfloat16_value(value); }
+
+// Values as a whole matrix stores them.
+template <class Value>
+Whole whole(const std::vector<Value>& values, int64_t matrices, int64_t rows, int64_t columns) {
+    return {values.data(), matrices, rows, columns, sizeof(Value) == 4 ? Dtype::kFloat32 : Dtype::kBfloat16};
+}
+
+template <class Value>
+void test_linear_whole(int64_t tokens, int64_t rows, int64_t columns) {
+    std::vector<Value> weight(rows * columns);
     std::vector<float> x(tokens * columns), first;
-    for (uint16_t& value : weight) value = to_bfloat16(normal());
+    for (Value& value : weight) value = stored(normal(), &value);
     for (float& value : x) value = normal();
     for (const Call& call : calls()) {
         std::vector<float> out(tokens * rows);
-        linear(call, Bfloat16{weight.data(), 1, rows, columns}, x.data(), tokens, out.data());
+        linear(call, whole(weight, 1, rows, columns), x.data(), tokens, out.data());
         if (first.empty()) first = out;
         REQUIRE(same(out, first), "variants differ: %ld %ld %ld\n", long(tokens), long(rows), long(columns));
+        if (tokens == 0) continue;
+        std::vector<float> alone(rows);
+        linear(call, whole(weight, 1, rows, columns), x.data() + (tokens - 1) * columns, 1, alone.data());
+        REQUIRE(std::memcmp(alone.data(), out.data() + (tokens - 1) * rows, rows * 4) == 0, "batch matters\n");
     }
     for (int64_t i = 0; i < tokens * rows; ++i) {
         double sum = 0, magnitude = 0;
         for (int64_t c = 0; c < columns; ++c) {
-            const double product = bfloat16_value(weight[i % rows * columns + c]) * double(x[i / rows * columns + c]);
+            const double product = value_of(weight[i % rows * columns + c]) * double(x[i / rows * columns + c]);
             sum += product;
             magnitude += std::fabs(product);
         }
@@ -140,6 +156,18 @@ void test_mixture(const Weights& gate_up, const Weights& down, int64_t tokens, i
     }
 }
 
+template <class Value>
+void test_whole() {
+    for (int i = 0; i < 4; ++i) test_linear_whole<Value>(i, uniform(1, 40), uniform(1, 200));
+    test_linear_whole<Value>(17, uniform(1, 40), uniform(1, 200));
+    const int64_t width = uniform(1, 90), expert = uniform(1, 90);
+    std::vector<Value> values(3 * 2 * expert * width);
+    for (Value& value : values) value = stored(normal(), &value);
+    const Whole gate_up = whole(values, 3, 2 * expert, width), down = whole(values, 3, width, expert);
+    test_mixture(gate_up, down, 3, 2, false);
+    test_mixture(gate_up, down, 14, 1, true);
+}
+
 }  // namespace
 
 void check_products() {
@@ -154,12 +182,8 @@ void check_products() {
             test_mixture(gate_up.packed, down.packed, 14, 1, true);
             test_mixture(gate_up.packed, down.packed, 0, 2, false);
         }
-    for (int i = 0; i < 4; ++i) test_linear_bf16(i, uniform(1, 40), uniform(1, 200));
-    const int64_t width = uniform(1, 90), expert = uniform(1, 90);
-    std::vector<uint16_t> values(3 * 2 * expert * width);
-    for (uint16_t& value : values) value = to_bfloat16(normal());
-    const Bfloat16 gate_up{values.data(), 3, 2 * expert, width}, down{values.data(), 3, width, expert};
-    test_mixture(gate_up, down, 3, 2, false);
+    test_whole<uint16_t>();
+    test_whole<float>();
 }
 
 }  // namespace selftest

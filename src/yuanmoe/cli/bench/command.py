@@ -1,6 +1,5 @@
 """`yuanmoe bench`: how fast this machine runs a model, beside its peers and its bounds."""
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,11 +50,11 @@ def layers(
     from yuanmoe.bench.layers import compare_layers
     from yuanmoe.checkpoint.formats.native_config import parse_dtype
     from yuanmoe.checkpoint.load import usable_device
-    from yuanmoe.plan.device.machine import measure_bandwidth
+    from yuanmoe.plan.device.machine import measure_bandwidth, usable_cores
     from yuanmoe.presets import preset as named
 
     device = str(usable_device(device))
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or usable_cores())
     console = people()
     with console.status("building layers") as status:
         result = compare_layers(
@@ -107,9 +106,9 @@ def decode(
     from yuanmoe.bench.decode import DecodeSettings, beside_torch, measure_decode
     from yuanmoe.checkpoint.formats.packed_weight import quantization_record
     from yuanmoe.ops import native
-    from yuanmoe.plan.device.machine import read_machine
+    from yuanmoe.plan.device.machine import read_machine, usable_cores
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or usable_cores())
     load = DecodeSettings(
         contexts=_numbers("--contexts", contexts),
         batches=_numbers("--batch", batch),

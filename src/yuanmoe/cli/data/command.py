@@ -1,6 +1,5 @@
 """`yuanmoe data`: text to datasets of tokens, and a look at what is in them."""
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from yuanmoe.cli.terminal.models import OptionalTokenizer, Tokenizer
 from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.errors import UsageError
+from yuanmoe.plan.device.machine import usable_cores
 from yuanmoe.units import format_count, format_size, parse_size
 
 data = typer.Typer(
@@ -44,8 +44,7 @@ def pack(
     heldout: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="Share of documents to keep apart: OUT/train and OUT/heldout.")
     ] = 0.0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on it.")] = os.cpu_count()
-    or 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on it.")] = usable_cores(),
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a file; an interrupted one is begun again.")] = 2
     ** 27,
     max_document: Annotated[str, typer.Option(help="Largest line, row or file that is one document.")] = "64MiB",

@@ -185,15 +185,24 @@ def _show(report: dict[str, Any], console: Console) -> None:
         console.print("[bold green]Nothing is missing.[/]")
 
 
+def _limit(name: str) -> str:
+    """What bounds a number, where it is not the machine."""
+    return f" (limited by {name})" if name else ""
+
+
 def _machine_rows(report: dict[str, Any]) -> list[list[str]]:
     machine, measured = report["machine"], report["measured"]
     threads = ", ".join(f"{name}={value}" for name, value in report["threads"].items() if value)
     return [
         ["python", report["python"]["version"]],
         ["system", report["python"]["platform"]],
-        ["processor", f"{machine['cores']} cores of {machine['cpu']}"],
+        ["processor", f"{machine['cores']} cores{_limit(machine['cores_limit'])} of {machine['cpu']}"],
         ["instruction sets", " ".join(machine["features"]) or "unknown"],
-        ["memory", f"{_size(machine['memory_bytes'])}, {_size(machine['available_bytes'])} available"],
+        [
+            "memory",
+            f"{_size(machine['memory_bytes'])}, {_size(machine['available_bytes'])} available"
+            + _limit(machine["available_limit"]),
+        ],
         ["disk free here", format_size(machine["disk_free_bytes"])],
         ["memory read", _rate(measured["read_bandwidth"], "B/s")],
         ["fp32 matmul (numpy)", _rate(measured["fp32_matmul"], "FLOP/s")],

@@ -188,12 +188,10 @@ def _open(
     threads: int | None,
 ) -> "OpenedModel":
     with people().status(f"opening {model}"):
-        import torch
-
         from yuanmoe.lm import open_model
+        from yuanmoe.ops.threads import use_threads
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        use_threads(threads)
         return open_model(model, dtype, device, kv_dtype, adapter=adapter)
 
 

@@ -88,17 +88,15 @@ def _load(
     """The text as a document, `<eod>` before it, and the model. Weights come last: the rest costs nothing to refuse."""
     content = read_text(text)
     with people().status(f"loading {escape(str(model))}"):
-        import torch
-
         from yuanmoe.lm import open_model
+        from yuanmoe.ops.threads import use_threads
 
         opened = open_model(model, dtype, device, kv_dtype)
         _check_layer(opened.config, layer)
         ids = [opened.tokenizer.eod_id, *opened.tokenizer.encode(content)]
         if len(ids) < 3:
             raise UsageError(f"{text} has {len(ids) - 1} tokens; at least 2 are needed, and some hundreds tell more")
-        if threads is not None:
-            torch.set_num_threads(threads)
+        use_threads(threads)
         return ids, opened.load()
 
 

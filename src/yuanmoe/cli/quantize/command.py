@@ -71,10 +71,9 @@ def quantize(
     """
     console = people()
     start = time.perf_counter()
-    if threads is not None:
-        import torch
+    from yuanmoe.ops.threads import use_threads
 
-        torch.set_num_threads(threads)
+    use_threads(threads)
     method = method or ("gptq" if calibration else "mse")
     roles = dict(map(_parse_role, role or ()))
     ids = _tokens(src, calibration, calibration_tokens)

@@ -17,7 +17,7 @@ from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.layout import Layout
-from yuanmoe.plan.device.machine import read_machine
+from yuanmoe.plan.device.machine import read_machine, usable_cores
 from yuanmoe.train.parallel.layout import laid_out, layout_of
 from yuanmoe.train.recipe.recipe import Recipe
 from yuanmoe.train.recipe.recipes import RECIPES, named
@@ -174,7 +174,7 @@ def _train(
     from yuanmoe.train.state.checkpoint import newest
 
     place_of_rank = local_device(device)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_place()[1]))
+    torch.set_num_threads(threads or max(1, usable_cores() // local_place()[1]))
     opened = open_data(texts.data, recipe, heldout=texts.heldout, tokenizer=texts.tokenizer)
     with joined(layout, recipe.model, place_of_rank) as ranks:
         checkpoint = _checkpoint(place, recipe, opened.identity, ranks, console)

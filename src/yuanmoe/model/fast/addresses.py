@@ -114,15 +114,15 @@ def _mixture(taken: Addresses, mixture: MixtureOfExperts, weights: c.LayerWeight
     _without(taken, router, "lora")
     _without(taken, experts, "gate_up_proj_lora", "down_proj_lora")
     weights.relates = type(router) is AttentionRouter
-    weights.router = c.matrix(_whole(taken, taken.watch(router, "weight")))
+    weights.router = c.matrix(_whole(taken, router, "weight"))
     if type(experts) is QuantizedExperts:
         down = _packed(taken, experts.down_proj)
         weights.gate_up, weights.down = c.matrix(_packed(taken, experts.gate_up_proj)), c.matrix(down)
         count = len(down.codes)
     else:
         both = _known(experts, Experts)
-        down = _whole(taken, taken.watch(both, "down_proj"))
-        weights.gate_up, weights.down = c.matrix(_whole(taken, taken.watch(both, "gate_up_proj"))), c.matrix(down)
+        down = _whole(taken, both, "down_proj")
+        weights.gate_up, weights.down = c.matrix(_whole(taken, both, "gate_up_proj")), c.matrix(down)
         count = len(down)
     if count > native.MAX_EXPERTS or router.num_experts_per_tok != (taken.chosen or router.num_experts_per_tok):
         raise UnsuitableError("experts")
@@ -137,7 +137,7 @@ def _linear(taken: Addresses, module: Any) -> c.Matrix:
         if weight.codes.ndim != 3:
             raise UnsuitableError("a stack")
     else:
-        weight = _whole(taken, taken.watch(_known(module, Linear), "weight"))
+        weight = _whole(taken, _known(module, Linear), "weight")
     bias = taken.watch(module, "bias")
     return c.matrix(weight, None if bias is None else _vector(taken, bias))
 
@@ -155,8 +155,12 @@ def _packed(taken: Addresses, module: Any) -> Any:
     return module.packed
 
 
-def _whole(taken: Addresses, weight: Tensor) -> Tensor:
-    if not native.suits_bf16(torch.empty(1, weight.shape[-1], dtype=taken.dtype), weight):
+def _whole(taken: Addresses, module: Any, name: str) -> Tensor:
+    weight = taken.watch(module, name)
+    one = torch.empty(1, weight.shape[-1], dtype=taken.dtype)
+    if taken.watch(module, "token_exact") and native.suits_whole(one, weight):
+        return weight
+    if not native.suits_bf16(one, weight):
         raise UnsuitableError("a matrix in another dtype or place")
     if taken.dtype != torch.float32 or weight.nbytes > native.CACHED_BYTES:
         taken.most_tokens = native.BF16_UP_TO_TOKENS

@@ -1,6 +1,7 @@
 """The decoder over packed 4-bit and 8-bit weights: other layers in the same model, put there from outside.
 
-Activations stay float32 on a CPU (`docs/numerics.md`); routers and norms are whole.
+Activations stay float32 on a CPU (`docs/numerics.md`); routers and norms are whole. Whole matrices are multiplied by
+kernels with one order of summation, so that a token's result is the same bits in any company, as packed ones give it.
 The weights learn nothing; what they are applied to has a gradient, so that adapters learn before and beside them.
 Not here: files (`checkpoint/load.py`), the layers themselves (`quantized_layers.py`).
 Legend: N tokens, D hidden, V vocabulary.
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.decoder import CausalLM
+from yuanmoe.model.experts import Experts
+from yuanmoe.model.linear import Linear
 from yuanmoe.model.quantized.layers import (
     PackedMatrices,
     QuantizedEmbedding,
@@ -21,6 +24,8 @@ from yuanmoe.model.quantized.layers import (
     QuantizedLinear,
     WholeEmbedding,
 )
+from yuanmoe.model.router import Projection
+from yuanmoe.ops.products.linear import token_exact_linear
 from yuanmoe.ops.products.packed_linear import packed_linear
 from yuanmoe.ops.quantize.groupwise import dequantize_weight
 from yuanmoe.ops.quantize.packed_format import PackedFormat
@@ -35,7 +40,9 @@ class QuantizedYuan(CausalLM):
 
     def head_product(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
         head = self.head_weight
-        return packed_linear(hidden, head.packed) if isinstance(head, PackedMatrices) else super().head_product(hidden)
+        return (
+            packed_linear(hidden, head.packed) if isinstance(head, PackedMatrices) else token_exact_linear(hidden, head)
+        )
 
     def stored_head(self, dtype: torch.dtype) -> Float[Tensor, "V D"]:
         head = self.head_weight
@@ -57,4 +64,7 @@ def quantized_model(config: ModelConfig, formats: Mapping[str, PackedFormat], dt
             replaced = model.get_submodule(path)
             assert isinstance(replaced, nn.Linear)
             model.set_submodule(path, QuantizedLinear(form, bias=replaced.bias is not None))
+    for module in model.modules():
+        if isinstance(module, (Linear, Projection, Experts)):
+            module.token_exact = True
     return model.requires_grad_(False)

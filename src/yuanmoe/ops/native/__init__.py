@@ -1,4 +1,4 @@
-"""Matrix products with 4-bit, 8-bit and bfloat16 weights on the CPU, at the speed of its memory.
+"""Matrix products with 4-bit, 8-bit, bfloat16 and float32 weights on the CPU, at the speed of its memory.
 
 A result is the same number, bit for bit, for any thread count, batch, neighbour in the batch and variant of the
 library. Where the library is missing, quantized products go through torch (`ops.quantize.groupwise`): the same
@@ -48,7 +48,10 @@ __all__ = [
     "storing",
     "suits_attention",
     "suits_bf16",
+    "suits_whole",
     "variant",
+    "whole_linear",
+    "whole_moe",
 ]
 
 MAX_EXPERTS = 256
@@ -118,9 +121,8 @@ def suits_bf16(x: Tensor, *weights: Tensor) -> bool:
 
 def bf16_linear(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*N O"]:
     """`x` times the transposed bfloat16 weight, summed in float32, for what `suits_bf16`."""
-    check_token_shape(x, weight.shape[1], weight)
-    found = _kernels_for_bf16(x, weight)
-    return found.linear(readable(x), weight).to(x.dtype)
+    _check_bf16(x, weight)
+    return whole_linear(x, weight)
 
 
 def bf16_moe(
@@ -131,10 +133,44 @@ def bf16_moe(
     experts: Int[Tensor, "N K"],
 ) -> Float[Tensor, "N D"]:
     """`quantized_moe` with bfloat16 weights and hidden values in float32, for what `suits_bf16`."""
+    _check_bf16(x, gate_up, down)
+    return whole_moe(x, gate_up, down, weights, experts)
+
+
+def suits_whole(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernels for whole weights take these: float32 or bfloat16 on the CPU, contiguous, no gradient.
+
+    They take any number of tokens; for many of them `torch` is faster, but its sums depend on how many there are.
+    """
+    gradient = torch.is_grad_enabled()
+    if not x.is_cpu or x.dtype not in DTYPES or (gradient and x.requires_grad):
+        return False
+    for weight in weights:
+        if weight.dtype not in DTYPES or not weight.is_cpu or not weight.is_contiguous():
+            return False
+        if gradient and weight.requires_grad:
+            return False
+    return chosen() is not None
+
+
+def whole_linear(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*N O"]:
+    """`x` times the transposed weight, bfloat16 or float32, for what `suits_whole`."""
+    check_token_shape(x, weight.shape[1], weight)
+    return _kernels_for_whole(x, weight).linear(readable(x), weight).to(x.dtype)
+
+
+def whole_moe(
+    x: Float[Tensor, "N D"],
+    gate_up: Float[Tensor, "E FF D"],
+    down: Float[Tensor, "E D F"],
+    weights: Float[Tensor, "N K"],
+    experts: Int[Tensor, "N K"],
+) -> Float[Tensor, "N D"]:
+    """`quantized_moe` with whole weights and hidden values in float32, for what `suits_whole`."""
     check_token_shape(x, gate_up.shape[2], gate_up, down)
     check_experts((gate_up.shape[1] // 2, gate_up.shape[2]), (down.shape[1], down.shape[2]))
     check_routing(x, weights, experts)
-    found = _kernels_for_bf16(x, gate_up, down)
+    found = _kernels_for_whole(x, gate_up, down)
     return found.mixture(readable(x), gate_up, down, *readable_routing(weights, experts)).to(x.dtype)
 
 
@@ -221,7 +257,7 @@ def read_bandwidth(size_bytes: int = 1 << 29, runs: int = 5) -> list[float]:
 
 
 def _multiplies_tiles() -> bool:
-    """Whether a bfloat16 weight that was read meets several tokens at once (`kBf16Tile`, six of them)."""
+    """Whether a bfloat16 weight that was read meets several tokens at once (`kWholeTile`, six of them)."""
     return variant() == "avx512vnni"
 
 
@@ -231,12 +267,21 @@ def _kernels_for(x: Tensor) -> Kernels | None:
     return chosen() if x.is_cpu else None
 
 
-def _kernels_for_bf16(x: Tensor, *weights: Tensor) -> Kernels:
-    found = chosen() if suits_bf16(x, *weights) else None
-    if found is None:
+def _check_bf16(x: Tensor, *weights: Tensor) -> None:
+    if not suits_bf16(x, *weights):
         raise UsageError(
             f"{x.numel() // x.shape[-1]} tokens on {x.device} do not suit the bfloat16 kernels, which take up to "
             f"{BF16_UP_TO_TOKENS} (with AVX-512 any number) on the CPU without gradients and contiguous bfloat16 "
             "weights; ask suits_bf16 first"
+        )
+
+
+def _kernels_for_whole(x: Tensor, *weights: Tensor) -> Kernels:
+    found = chosen()
+    if found is None or any(weight.dtype not in DTYPES or not weight.is_contiguous() for weight in weights):
+        dtypes = ", ".join(str(weight.dtype) for weight in weights)
+        raise UsageError(
+            f"weights in {dtypes} on {x.device} do not suit the kernels for whole weights, which take contiguous "
+            "bfloat16 and float32 on the CPU; ask suits_whole first"
         )
     return found

@@ -29,7 +29,7 @@ LIBRARY: Final = Path(__file__).with_name("libyuanmoe.so")
 _SIGNATURES: Final = {
     "yuanmoe_supports": (c_int32, (c_int32,)),
     "yuanmoe_linear": (c_int32, (c.Call, POINTER(c.QuantizedMatrix), c_void_p, c_int64, c_void_p)),
-    "yuanmoe_linear_bf16": (c_int32, (c.Call, POINTER(c.Bfloat16), c_void_p, c_int64, c_void_p)),
+    "yuanmoe_linear_whole": (c_int32, (c.Call, POINTER(c.WholeMatrix), c_void_p, c_int64, c_void_p)),
     "yuanmoe_mixture": (
         c_int32,
         (
@@ -41,9 +41,9 @@ _SIGNATURES: Final = {
             c_void_p,
         ),
     ),
-    "yuanmoe_mixture_bf16": (
+    "yuanmoe_mixture_whole": (
         c_int32,
-        (c.Call, POINTER(c.Bfloat16), POINTER(c.Bfloat16), POINTER(c.RoutingPointers), c_void_p, c_void_p),
+        (c.Call, POINTER(c.WholeMatrix), POINTER(c.WholeMatrix), POINTER(c.RoutingPointers), c_void_p, c_void_p),
     ),
     "yuanmoe_attention": (
         c_int32,
@@ -84,9 +84,9 @@ class Kernels:
         self._seen: Final[WeakKeyDictionary[PackedTensor, c.QuantizedMatrix]] = WeakKeyDictionary()
 
     def linear(self, x: Tensor, weight: PackedTensor | Tensor) -> Tensor:
-        """`x` [..., I] times a quantized or bfloat16 weight [O, I]."""
+        """`x` [..., I] times a weight [O, I], quantized, bfloat16 or float32."""
         matrix = self._stack(weight)
-        function = self._library.yuanmoe_linear_bf16 if isinstance(weight, Tensor) else self._library.yuanmoe_linear
+        function = self._library.yuanmoe_linear_whole if isinstance(weight, Tensor) else self._library.yuanmoe_linear
         lead = x.shape[:-1]
         out = torch.empty((*lead, matrix.rows), dtype=x.dtype)
         _check(function(self._call(x), matrix, x.data_ptr(), lead.numel(), out.data_ptr()), matrix)
@@ -102,7 +102,7 @@ class Kernels:
     ) -> Tensor:
         """The weighted sum of the chosen experts of each token of `x` [N, D]; `weights` and `experts` are [N, K]."""
         first, second = self._stack(gate_up), self._stack(down)
-        function = self._library.yuanmoe_mixture_bf16 if isinstance(down, Tensor) else self._library.yuanmoe_mixture
+        function = self._library.yuanmoe_mixture_whole if isinstance(down, Tensor) else self._library.yuanmoe_mixture
         routing = c.RoutingPointers(*weights.shape, experts.data_ptr(), weights.data_ptr())
         out = torch.empty_like(x)
         _check(function(self._call(x), first, second, routing, x.data_ptr(), out.data_ptr()), second)
@@ -194,10 +194,10 @@ class Kernels:
         """Reads every byte of `data` once, with all threads."""
         self._library.yuanmoe_read(self._call(None), data.data_ptr(), data.nbytes)
 
-    def _stack(self, weight: PackedTensor | Tensor) -> c.QuantizedMatrix | c.Bfloat16:
+    def _stack(self, weight: PackedTensor | Tensor) -> c.QuantizedMatrix | c.WholeMatrix:
         """Equal matrices [..., O, I] as the library sees them; kept for packed ones, a token passes hundreds."""
         if isinstance(weight, Tensor):
-            return c.bfloat16(weight)
+            return c.whole_matrix(weight)
         found = self._seen.get(weight)
         if found is None:
             found = self._seen[weight] = c.quantized_matrix(weight)
@@ -214,7 +214,7 @@ def _check_pages(status: int, stored: Tensor) -> None:
     _check_memory(status)
 
 
-def _check(status: int, matrix: c.QuantizedMatrix | c.Bfloat16) -> None:
+def _check(status: int, matrix: c.QuantizedMatrix | c.WholeMatrix) -> None:
     if status == 1:
         raise UsageError(f"an expert id is outside 0..{matrix.matrices - 1}, the experts of these weights")
     _check_memory(status)

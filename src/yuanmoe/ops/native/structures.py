@@ -15,7 +15,7 @@ from torch import Tensor
 from yuanmoe.ops.quantize.groupwise import PackedTensor
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
-"""Tokens that the kernels read and write as they are."""
+"""Tokens that the kernels read and write as they are, and whole weights."""
 STORED: Final = {**DTYPES, torch.int8: 2}
 """Keys and values likewise."""
 
@@ -36,8 +36,14 @@ class QuantizedMatrix(ctypes.Structure):
     )
 
 
-class Bfloat16(ctypes.Structure):
-    _fields_ = (("values", c_void_p), ("matrices", c_int64), ("rows", c_int64), ("columns", c_int64))
+class WholeMatrix(ctypes.Structure):
+    _fields_ = (
+        ("values", c_void_p),
+        ("matrices", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("dtype", c_int32),
+    )
 
 
 class RoutingPointers(ctypes.Structure):
@@ -77,7 +83,7 @@ class Heads(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = (("packed", QuantizedMatrix), ("whole", Bfloat16), ("bias", c_void_p))
+    _fields_ = (("packed", QuantizedMatrix), ("whole", WholeMatrix), ("bias", c_void_p))
 
 
 class LayerWeights(ctypes.Structure):
@@ -144,17 +150,18 @@ def quantized_matrix(weight: PackedTensor) -> QuantizedMatrix:
     )
 
 
-def bfloat16(weight: Tensor) -> Bfloat16:
-    """Equal matrices [..., O, I] as they are."""
-    return Bfloat16(weight.data_ptr(), weight.shape[:-2].numel(), weight.shape[-2], weight.shape[-1])
+def whole_matrix(weight: Tensor) -> WholeMatrix:
+    """Equal matrices [..., O, I] in bfloat16 or float32."""
+    shape = weight.shape
+    return WholeMatrix(weight.data_ptr(), shape[:-2].numel(), shape[-2], shape[-1], DTYPES[weight.dtype])
 
 
 def matrix(weight: PackedTensor | Tensor, bias: Tensor | None = None) -> Matrix:
     """Either of them, with a bias."""
     address = None if bias is None else bias.data_ptr()
     if isinstance(weight, Tensor):
-        return Matrix(QuantizedMatrix(), bfloat16(weight), address)
-    return Matrix(quantized_matrix(weight), Bfloat16(), address)
+        return Matrix(QuantizedMatrix(), whole_matrix(weight), address)
+    return Matrix(quantized_matrix(weight), WholeMatrix(), address)
 
 
 def slots(values: Tensor, scales: Tensor | None) -> SlotPointers:

@@ -35,6 +35,21 @@ def linear(
     return F.linear(x, weight, bias)
 
 
+def token_exact_linear(
+    x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "*N O"]:
+    """`linear` whose result for a token is the same bits whatever tokens it is computed with.
+
+    The products of torch choose the order of their sums by the number of tokens; the compiled kernels have one order.
+    For the matrices that a quantized model keeps whole, whose other products have this property. Falls back to `linear`
+    on a GPU, under a gradient and without the kernels.
+    """
+    if not native.suits_whole(x, weight):
+        return linear(x, weight, bias)
+    out = native.whole_linear(x, weight)
+    return out if bias is None else out + bias
+
+
 def widens(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` goes through float32 blocks here: bfloat16 weights on a CPU, no gradient, and either float32
     activations or many of them on a CPU without bfloat16 instructions."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from yuanmoe.ops.products.linear import linear
+from yuanmoe.ops.products.linear import token_exact_linear
 
 
 class Factors(NamedTuple):
@@ -36,5 +36,5 @@ def corrected(weight: Float[Tensor, "*E O I"], factors: Factors | None) -> Float
 
 def correction(x: Float[Tensor, "*N I"], factors: Factors) -> Float[Tensor, "*N O"]:
     """What the factors of one matrix add to its product with `x`; they may have another dtype than `x`."""
-    hidden = linear(factors.seen(x), factors.a.to(x.dtype))
-    return linear(hidden, factors.b.to(x.dtype)) * factors.scale
+    hidden = token_exact_linear(factors.seen(x), factors.a.to(x.dtype))
+    return token_exact_linear(hidden, factors.b.to(x.dtype)) * factors.scale

@@ -1,7 +1,7 @@
 """This machine as a device: memory, cores, CPU features, and its read bandwidth and matmul rate measured with numpy.
 
-Facts come from /proc and /sys where Linux has them, a container's memory limit included. A rate is the median of a few
-rounds with its spread, because other programs use the memory too. Not here: anything of torch (`cli/doctor/probe.py`).
+Facts come from /proc and /sys where Linux has them, a container's limits included (`limits.py`). A rate is the median of
+a few rounds with its spread, because other programs use the memory too. Not here: anything of torch (`cli/doctor/probe.py`).
 """
 
 import os
@@ -17,7 +17,8 @@ import numpy as np
 
 from yuanmoe.errors import ResourceError
 from yuanmoe.plan.device.devices import Device
-from yuanmoe.units import KIB, MIB
+from yuanmoe.plan.device.limits import cpu_limits, memory_limits
+from yuanmoe.units import KIB, MIB, format_size
 
 # Matmul throughput of a core relative to its fp32 fused multiply-add, best first: multiplications in one instruction
 # times its rate, from Intel's and Arm's instruction references (AMX: 1024 bf16 and 2048 int8 operations a cycle against
@@ -48,15 +49,19 @@ class Machine:
 
     cpu: str
     cores: int
-    """That this process may use."""
+    """That this process may use: all, those it is bound to (affinity), or what its container's quota pays for."""
     features: tuple[str, ...]
     """Instruction sets that matter here, by their Linux names; empty where the system does not list them."""
     memory_bytes: int | None
     """Physical memory, or the container's limit if lower; None where it cannot be read."""
     available_bytes: int | None
-    """Memory that new programs can have without swapping."""
+    """Memory that new programs can have without swapping, and that the container has left."""
     load: float
     """Programs that wanted a core over the last minute, on average; 0 where the system does not count them."""
+    cores_limit: str = ""
+    """What bounds `cores`: `affinity` or a file of the container's control group; empty where nothing does."""
+    available_limit: str = ""
+    """The control group's file that bounds `available_bytes`; empty where the machine itself does."""
 
     @property
     def is_busy(self) -> bool:
@@ -69,13 +74,33 @@ def read_machine() -> Machine:
     cpu = _key_values("/proc/cpuinfo", ":")
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
     memory = {key: int(value.split()[0]) * 1024 for key, value in _key_values("/proc/meminfo", ":").items()}
+    groups = memory_limits(_read)
+    available, available_limit = _available(memory.get("MemAvailable"), [(g.left_bytes, g.name) for g in groups])
+    cores, cores_limit = _cores()
     return Machine(
         cpu=cpu.get("model name") or platform.processor() or platform.machine(),
-        cores=_cores(),
+        cores=cores,
+        cores_limit=cores_limit,
+        available_limit=available_limit,
         features=tuple(name for name in _FEATURES + _ARM_FEATURES if name in flags),
-        memory_bytes=_lowest(memory.get("MemTotal") or _physical_memory(), _cgroup_memory()),
-        available_bytes=_lowest(memory.get("MemAvailable"), _cgroup_memory()),
+        memory_bytes=_lowest(memory.get("MemTotal") or _physical_memory(), *(group.limit_bytes for group in groups)),
+        available_bytes=available,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: bounded by affinity and by the quota of its container, at least one."""
+    return _cores()[0]
+
+
+def limits_in_words(machine: Machine) -> str:
+    """Which limits count here, one sentence for logs and `yuanmoe doctor`."""
+    cores = f"{machine.cores} cores ({machine.cores_limit or 'all of the machine'})"
+    if machine.available_bytes is None:
+        return f"{cores}, free memory unknown"
+    return (
+        f"{cores}, {format_size(machine.available_bytes)} of memory free ({machine.available_limit or 'the machine'})"
     )
 
 
@@ -148,10 +173,21 @@ def _last_level_bytes() -> int:
     return sum(KIB * int(size) for size in kilobytes.values() if size.isdigit())
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _cores() -> tuple[int, str]:
+    """How many, and what bounds them."""
+    everything = os.cpu_count() or 1
+    found = (everything, "")
+    if hasattr(os, "sched_getaffinity") and (bound := len(os.sched_getaffinity(0))) < everything:
+        found = (bound, "affinity")
+    # Of a core and a half one thread is paid for: a second would be stopped half of the time, and the first waits.
+    quotas = [(max(1, int(limit.cores)), limit.name) for limit in cpu_limits(_read)]
+    return min([found, *quotas], key=lambda each: each[0])
+
+
+def _available(machine: int | None, groups: list[tuple[int, str]]) -> tuple[int | None, str]:
+    """The least memory that is free, and what bounds it."""
+    known = groups if machine is None else [(machine, ""), *groups]
+    return min(known, key=lambda each: each[0], default=(None, ""))
 
 
 def _physical_memory() -> int | None:
@@ -159,12 +195,6 @@ def _physical_memory() -> int | None:
     if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_memory() -> int | None:
-    """The memory limit of the container (control groups 2 or 1; an enormous number where 1 sets none)."""
-    limits = (_read(f"/sys/fs/cgroup/{name}").strip() for name in ("memory.max", "memory/memory.limit_in_bytes"))
-    return _lowest(*(int(limit) for limit in limits if limit.isdigit()))
 
 
 def _lowest(*sizes: int | None) -> int | None:

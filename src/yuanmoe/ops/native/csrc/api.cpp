@@ -58,7 +58,7 @@ YUANMOE_API int32_t yuanmoe_linear(YuanmoeCall call, const Quantized* weight, co
     return guarded([&] { return linear(call.inner(), *weight, x, tokens, out), true; });
 }
 
-YUANMOE_API int32_t yuanmoe_linear_bf16(YuanmoeCall call, const Bfloat16* weight, const void* x, int64_t tokens, void* out) {
+YUANMOE_API int32_t yuanmoe_linear_whole(YuanmoeCall call, const Whole* weight, const void* x, int64_t tokens, void* out) {
     return guarded([&] { return linear(call.inner(), *weight, x, tokens, out), true; });
 }
 
@@ -67,7 +67,7 @@ YUANMOE_API int32_t yuanmoe_mixture(YuanmoeCall call, const Quantized* gate_up, 
     return guarded([&] { return mixture(call.inner(), *gate_up, *down, *routing, x, out); });
 }
 
-YUANMOE_API int32_t yuanmoe_mixture_bf16(YuanmoeCall call, const Bfloat16* gate_up, const Bfloat16* down, const Routing* routing,
+YUANMOE_API int32_t yuanmoe_mixture_whole(YuanmoeCall call, const Whole* gate_up, const Whole* down, const Routing* routing,
                              const void* x, void* out) {
     return guarded([&] { return mixture(call.inner(), *gate_up, *down, *routing, x, out); });
 }

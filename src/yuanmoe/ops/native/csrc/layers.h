@@ -6,10 +6,10 @@
 
 namespace yuanmoe {
 
-// A weight in few bits or in bf16, whichever has rows; none has where a layer does without.
+// A weight in few bits, or whole in bf16 or float32, whichever has rows; none has where a layer does without.
 struct Matrix {
     Quantized packed;
-    Bfloat16 whole;
+    Whole whole;
     const void* bias;  // in the dtype of the tokens, or null
 
     int64_t rows() const { return packed.codes ? packed.rows : whole.rows; }

@@ -80,7 +80,7 @@ struct Softmax {
 // One variant: the same arithmetic, bit for bit, for one instruction set.
 struct Kernels {
     int tile;       // the widest tile of quantized tokens
-    int tile_bf16;  // and of those that meet a bf16 matrix
+    int tile_whole;  // and of those that meet a bf16 or float32 matrix
     int32_t (*bias)(int bits);  // what the kernel adds to a weight code to make it unsigned
     // One group of one token: x[0..count) (count <= group, the rest counts as zeros) into the tile.
     void (*quantize)(const float* x, int64_t count, int group, int64_t index, int token, int32_t bias, const Tile& tile);
@@ -89,11 +89,13 @@ struct Kernels {
     void (*block8)(const uint8_t* codes, const uint16_t* scales, const Tile& x, int64_t groups, int group, float* out);
     // gate[i] = silu(gate[i]) * up[i]
     void (*swiglu)(float* gate, const float* up, int64_t count);
-    // out[t][r] = sum of weight[r][i] x[t][i] over a row-major bf16 matrix and up to tile_bf16 tokens, x and out with
-    // so many floats a token; x is in steps of 32 values, in each the even ones before the odd ones, the last step padded
-    // with zeros.
+    // out[t][r] = sum of weight[r][i] x[t][i] over a row-major bf16 or float32 matrix and up to tile_whole tokens, x and
+    // out with so many floats a token; x is in steps of 32 values, under bf16 in each the even ones before the odd ones,
+    // the last step padded with zeros.
     void (*dots_bf16)(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, int64_t x_stride,
                       int64_t tokens, float* out, int64_t out_stride);
+    void (*dots_f32)(const float* weight, int64_t rows, int64_t columns, const float* x, int64_t x_stride,
+                     int64_t tokens, float* out, int64_t out_stride);
     // out[j] = vector j in float32, padded with zeros; codes without their scales, bf16 at its bf16_place.
     void (*widen)(const Vectors& from, int64_t count, int64_t channels, int64_t padded, float* out);
     // One query over up to kKeysAtOnce keys and values of a multiple of 16 channels; the same number whether they were

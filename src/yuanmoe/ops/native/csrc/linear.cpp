@@ -29,19 +29,19 @@ void linear(const Call& call, const Quantized& weight, const void* x, int64_t to
     run(call.threads, {phase(tiles.parts * group_units, quantize), phase(parts.parts, product)});
 }
 
-void linear(const Call& call, const Bfloat16& weight, const void* x, int64_t tokens, void* out) {
-    FloatRows rows(tokens, weight.columns);
-    const Cut tiles = Cut::of(tokens, call.kernels->tile_bf16);
+void linear(const Call& call, const Whole& weight, const void* x, int64_t tokens, void* out) {
+    FloatRows rows(tokens, weight.columns, weight.dtype);
+    const Cut tiles = Cut::of(tokens, call.kernels->tile_whole);
     // Many tokens pass over a part as large as half of a core's second cache, so that they are not read again too often.
     const int64_t passes = std::clamp<int64_t>(tiles.parts, 1, 16);
-    const Cut parts = work_parts(weight.rows, weight.columns * 2 / passes, call.threads);
+    const Cut parts = work_parts(weight.rows, weight.columns * weight.value_bytes() / passes, call.threads);
     const auto fill = [&](int64_t token) { rows.fill(token, call, x, token); };
     const auto product = [&](int64_t part) {
         float sums[kMaxTile * kRowsAtOnce];
         for (int64_t t = 0; t < tiles.parts; ++t)
             for (int64_t row = parts.begin(part); row < parts.end(part); row += kRowsAtOnce) {
                 const int64_t count = std::min<int64_t>(kRowsAtOnce, parts.end(part) - row);
-                rows.dots(call, weight.values + row * weight.columns, count, tiles.begin(t), tiles.size(t), sums);
+                rows.dots(call, weight.row(0, row), count, tiles.begin(t), tiles.size(t), sums);
                 for (int64_t i = 0; i < tiles.size(t); ++i)
                     write_values(out, call.dtype, (tiles.begin(t) + i) * weight.rows + row, count,
                                  sums + i * kRowsAtOnce);

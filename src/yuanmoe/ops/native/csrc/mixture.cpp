@@ -125,10 +125,10 @@ class QuantizedExperts {
     const Cut parts_;
 };
 
-// Experts with bf16 weights, for a few tokens.
-class Bfloat16Experts {
+// Experts with whole weights, for a few tokens.
+class WholeExperts {
   public:
-    Bfloat16Experts(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, const Plan& plan, int64_t chosen,
+    WholeExperts(const Call& call, const Whole& gate_up, const Whole& down, const Plan& plan, int64_t chosen,
                     const void* x)
         : call_(call),
           gate_up_(gate_up),
@@ -136,10 +136,10 @@ class Bfloat16Experts {
           plan_(plan),
           chosen_(chosen),
           x_(x),
-          tokens_(plan.choices.size(), gate_up.columns),
-          hidden_(plan.choices.size(), down.columns),
-          gated_parts_(work_parts(down.columns, gate_up.columns * 4 / passes(plan), call.threads)),
-          down_parts_(work_parts(down.rows, down.columns * 2 / passes(plan), call.threads)) {}
+          tokens_(plan.choices.size(), gate_up.columns, gate_up.dtype),
+          hidden_(plan.choices.size(), down.columns, down.dtype),
+          gated_parts_(work_parts(down.columns, 2 * gate_up.columns * gate_up.value_bytes() / passes(plan), call.threads)),
+          down_parts_(work_parts(down.rows, down.columns * down.value_bytes() / passes(plan), call.threads)) {}
 
     int64_t gated_units() const { return gated_parts_.parts; }
     int64_t down_units() const { return down_parts_.parts; }
@@ -154,8 +154,8 @@ class Bfloat16Experts {
     void gated(const Plan::Job& job, int64_t unit) {
         each_tile(job, gated_parts_, unit, [&](int64_t position, int64_t width, int64_t row, int64_t count) {
             float gate[kMaxTile * kRowsAtOnce], up[kMaxTile * kRowsAtOnce];
-            tokens_.dots(call_, row_of(gate_up_, job.expert, row), count, position, width, gate);
-            tokens_.dots(call_, row_of(gate_up_, job.expert, down_.columns + row), count, position, width, up);
+            tokens_.dots(call_, gate_up_.row(job.expert, row), count, position, width, gate);
+            tokens_.dots(call_, gate_up_.row(job.expert, down_.columns + row), count, position, width, up);
             for (int64_t i = 0; i < width; ++i) {
                 float* values = gate + i * kRowsAtOnce;
                 call_.kernels->swiglu(values, up + i * kRowsAtOnce, count);
@@ -167,7 +167,7 @@ class Bfloat16Experts {
     void down(const Plan::Job& job, int64_t unit, float* y) const {
         each_tile(job, down_parts_, unit, [&](int64_t position, int64_t width, int64_t row, int64_t count) {
             float sums[kMaxTile * kRowsAtOnce];
-            hidden_.dots(call_, row_of(down_, job.expert, row), count, position, width, sums);
+            hidden_.dots(call_, down_.row(job.expert, row), count, position, width, sums);
             for (int64_t i = 0; i < width; ++i)
                 std::copy_n(sums + i * kRowsAtOnce, count, y + (position + i) * down_.rows + row);
         });
@@ -177,7 +177,7 @@ class Bfloat16Experts {
     template <class Body>
     void each_tile(const Plan::Job& job, const Cut& parts, int64_t unit, const Body& body) const {
         const Plan::Tile &first = plan_.tiles[job.first_tile], &last = plan_.tiles[job.last_tile - 1];
-        const Cut tiles = Cut::of(last.first + last.width - first.first, call_.kernels->tile_bf16);
+        const Cut tiles = Cut::of(last.first + last.width - first.first, call_.kernels->tile_whole);
         for (int64_t t = 0; t < tiles.parts; ++t)
             for (int64_t row = parts.begin(unit); row < parts.end(unit); row += kRowsAtOnce)
                 body(first.first + tiles.begin(t), tiles.size(t), row, std::min(kRowsAtOnce, parts.end(unit) - row));
@@ -187,12 +187,9 @@ class Bfloat16Experts {
         const int64_t jobs = plan.jobs.size(), choices = plan.choices.size();
         return std::clamp<int64_t>(choices / std::max<int64_t>(1, jobs), 1, 16);
     }
-    static const uint16_t* row_of(const Bfloat16& weight, int64_t matrix, int64_t row) {
-        return weight.values + (matrix * weight.rows + row) * weight.columns;
-    }
 
     const Call& call_;
-    const Bfloat16 &gate_up_, &down_;
+    const Whole &gate_up_, &down_;
     const Plan& plan_;
     const int64_t chosen_;
     const void* const x_;
@@ -238,11 +235,11 @@ bool mixture(const Call& call, const Quantized& gate_up, const Quantized& down, 
     return true;
 }
 
-bool mixture(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, const Routing& routing, const void* x,
+bool mixture(const Call& call, const Whole& gate_up, const Whole& down, const Routing& routing, const void* x,
              void* out) {
     Plan plan;
     if (!plan.make(routing, down.matrices, call.kernels->tile)) return false;
-    Bfloat16Experts experts(call, gate_up, down, plan, routing.chosen, x);
+    WholeExperts experts(call, gate_up, down, plan, routing.chosen, x);
     mix(call, experts, plan, routing, down.rows, out);
     return true;
 }

@@ -14,10 +14,16 @@ struct Call {
     Dtype dtype;  // of the tokens in and out
 };
 
-// `matrices` equal row-major bf16 matrices.
-struct Bfloat16 {
-    const uint16_t* values;
+// `matrices` equal row-major matrices as they were stored, bf16 or float32.
+struct Whole {
+    const void* values;
     int64_t matrices, rows, columns;
+    Dtype dtype;
+
+    int64_t value_bytes() const { return dtype == Dtype::kFloat32 ? 4 : 2; }
+    const void* row(int64_t matrix, int64_t index) const {
+        return static_cast<const char*>(values) + (matrix * rows + index) * columns * value_bytes();
+    }
 };
 
 // Tokens [N, D], `chosen` experts each: their ids and weights are [N, K].
@@ -53,13 +59,13 @@ struct KeyValues {
 
 // out[n, o] = sum over i of weight[o, i] x[n, i]
 void linear(const Call& call, const Quantized& weight, const void* x, int64_t tokens, void* out);
-void linear(const Call& call, const Bfloat16& weight, const void* x, int64_t tokens, void* out);
+void linear(const Call& call, const Whole& weight, const void* x, int64_t tokens, void* out);
 
 // out[n] = sum over k of weights[n, k] down[e] (silu(gate[e] x[n]) * up[e] x[n]), e = experts[n, k].
-// gate_up: [E, 2, F, D] when quantized, [E, 2F, D] when bf16. False if an expert id is not in [0, E).
+// gate_up: [E, 2, F, D] when quantized, [E, 2F, D] when whole. False if an expert id is not in [0, E).
 bool mixture(const Call& call, const Quantized& gate_up, const Quantized& down, const Routing& routing, const void* x,
              void* out);
-bool mixture(const Call& call, const Bfloat16& gate_up, const Bfloat16& down, const Routing& routing, const void* x,
+bool mixture(const Call& call, const Whole& gate_up, const Whole& down, const Routing& routing, const void* x,
              void* out);
 
 // Causal attention of the last counts[b] tokens of each sequence to all its past[b] + counts[b] slots; q and out are

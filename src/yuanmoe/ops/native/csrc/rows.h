@@ -36,11 +36,12 @@ inline void multiply(const Call& call, const Quantized& weight, int64_t matrix, 
 
 constexpr int64_t kRowsAtOnce = 16;
 
-// Rows in float32 in the order of the bf16 kernel.
+// Rows in float32 in the order of the kernel for a whole weight: as they are, or for bf16 at their bf16_place.
 class FloatRows {
   public:
-    FloatRows(int64_t rows, int64_t columns)
+    FloatRows(int64_t rows, int64_t columns, Dtype weight)
         : columns_(columns),
+          weight_(weight),
           // One step more than needed: rows a power of two apart would meet in the same places of the cache.
           stride_((columns + kDotColumns - 1) / kDotColumns * kDotColumns + kDotColumns),
           values_(rows * stride_) {}
@@ -56,17 +57,26 @@ class FloatRows {
     }
     // Columns [first, first + count) of a row.
     void put(int64_t row, int64_t first, int64_t count, const float* values) {
-        for (int64_t i = 0; i < count; ++i) values_[row * stride_ + bf16_place(first + i)] = values[i];
+        float* const to = values_.data() + row * stride_;
+        if (weight_ == Dtype::kFloat32) std::copy_n(values, count, to + first);
+        else for (int64_t i = 0; i < count; ++i) to[bf16_place(first + i)] = values[i];
     }
     // out[i][kRowsAtOnce] = up to so many rows of a weight times rows [first, first + count), a tile.
-    void dots(const Call& call, const uint16_t* weight, int64_t weight_rows, int64_t first, int64_t count,
+    void dots(const Call& call, const void* weight, int64_t weight_rows, int64_t first, int64_t count,
               float* out) const {
-        call.kernels->dots_bf16(weight, weight_rows, columns_, values_.data() + first * stride_, stride_, count, out,
-                                kRowsAtOnce);
+        const float* const x = values_.data() + first * stride_;
+        if (weight_ == Dtype::kFloat32)
+            call.kernels->dots_f32(static_cast<const float*>(weight), weight_rows, columns_, x, stride_, count, out,
+                                   kRowsAtOnce);
+        else
+            call.kernels->dots_bf16(static_cast<const uint16_t*>(weight), weight_rows, columns_, x, stride_, count, out,
+                                    kRowsAtOnce);
     }
 
   private:
-    int64_t columns_, stride_;
+    int64_t columns_;
+    Dtype weight_;
+    int64_t stride_;
     std::vector<float> values_;
 };
 

@@ -2,7 +2,7 @@
 //
 // Every sum has one order, whatever the tile, the thread or the variant: integers are exact within a group, groups are
 // added in float32 from the first to the last with separate multiplications and additions (compile with
-// -ffp-contract=off), sums over bf16 weights with fused ones. So a token's result is the same number alone, in any batch, and on any CPU.
+// -ffp-contract=off), sums over whole weights with fused ones. So a token's result is the same number alone, in any batch, and on any CPU.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -139,14 +139,24 @@ inline float tree_sum(const float* lanes) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-// R rows times T tokens: sums of 16 lanes, even columns before odd ones, 32 columns a step, added as a tree at the end.
+// The columns of half a step: of bf16 the even ones before the odd ones.
+template <class Lanes>
+typename Lanes::Floats half_step(const uint16_t* weight, int half) {
+    return half ? Lanes::odd_bfloat16(weight) : Lanes::even_bfloat16(weight);
+}
+template <class Lanes>
+typename Lanes::Floats half_step(const float* weight, int half) {
+    return Lanes::load(weight + 16 * half);
+}
+
+// R rows times T tokens: sums of 16 lanes, 32 columns a step in two halves, added as a tree at the end.
 // Fused multiply-adds, which every variant has or imitates.
-template <class Lanes, int R, int T>
-void dots(const uint16_t* weight, int64_t columns, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+template <class Lanes, int R, int T, class Weight>
+void dots(const Weight* weight, int64_t columns, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
     typename Lanes::Floats sum[T][R];
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < R; ++r) sum[t][r] = Lanes::fill(0.0f);
-    const auto step = [&](const uint16_t* w, int64_t w_stride, const float* values) {
+    const auto step = [&](const Weight* w, int64_t w_stride, const float* values) {
         typename Lanes::Floats row[R];
         const auto add = [&](int half) {
 #pragma GCC unroll 6
@@ -157,23 +167,24 @@ void dots(const uint16_t* weight, int64_t columns, const float* x, int64_t x_str
             }
         };
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) row[r] = Lanes::even_bfloat16(w + r * w_stride);
+        for (int r = 0; r < R; ++r) row[r] = half_step<Lanes>(w + r * w_stride, 0);
         add(0);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) row[r] = Lanes::odd_bfloat16(w + r * w_stride);
+        for (int r = 0; r < R; ++r) row[r] = half_step<Lanes>(w + r * w_stride, 1);
         add(1);
     };
     const int64_t whole = columns / kDotColumns * kDotColumns;
     for (int64_t i = 0; i < whole; i += kDotColumns) {
         // One token waits for weights, a stream; with several there is time to bring the rows after these into the cache.
-        for (int r = 0; r < R; ++r) {
-            if constexpr (T < 3) stream<Lanes>(weight + r * columns + i);
-            else prefetch<2>(weight + (r + R) * columns + i, 0);
-        }
+        for (int r = 0; r < R; ++r)
+            for (int64_t line = 0; line < kDotColumns; line += 64 / sizeof(Weight)) {
+                if constexpr (T < 3) stream<Lanes>(weight + r * columns + i + line);
+                else prefetch<2>(weight + (r + R) * columns + i + line, 0);
+            }
         step(weight + i, columns, x + i);
     }
     if (whole < columns) {
-        uint16_t rest[R * kDotColumns] = {};
+        Weight rest[R * kDotColumns] = {};
         for (int r = 0; r < R; ++r)
             std::memcpy(rest + r * kDotColumns, weight + r * columns + whole, (columns - whole) * sizeof *weight);
         step(rest, kDotColumns, x + whole);
@@ -186,12 +197,12 @@ void dots(const uint16_t* weight, int64_t columns, const float* x, int64_t x_str
         }
 }
 
-template <class Lanes, int T = Lanes::kBf16Tile>
-void dots_bf16(const uint16_t* weight, int64_t rows, int64_t columns, const float* x, int64_t x_stride, int64_t tokens,
-               float* out, int64_t out_stride) {
+template <class Lanes, class Weight, int T = Lanes::kWholeTile>
+void dots_of(const Weight* weight, int64_t rows, int64_t columns, const float* x, int64_t x_stride, int64_t tokens,
+             float* out, int64_t out_stride) {
     if constexpr (T > 1)
-        if (tokens < T) return dots_bf16<Lanes, T - 1>(weight, rows, columns, x, x_stride, tokens, out, out_stride);
-    constexpr int R = Lanes::kBf16Rows;
+        if (tokens < T) return dots_of<Lanes, Weight, T - 1>(weight, rows, columns, x, x_stride, tokens, out, out_stride);
+    constexpr int R = Lanes::kWholeRows;
     int64_t r = 0;
     for (; r + R <= rows; r += R) dots<Lanes, R, T>(weight + r * columns, columns, x, x_stride, out + r, out_stride);
     for (; r < rows; ++r) dots<Lanes, 1, T>(weight + r * columns, columns, x, x_stride, out + r, out_stride);
@@ -226,13 +237,14 @@ template <class Lanes>
 constexpr Kernels kernels() {
     static_assert(Lanes::kTile <= kMaxTile);
     return {Lanes::kTile,
-            Lanes::kBf16Tile,
+            Lanes::kWholeTile,
             Lanes::bias,
             quantize,
             block_of_width<Lanes, 4>,
             block_of_width<Lanes, 8>,
             swiglu,
-            dots_bf16<Lanes>,
+            dots_of<Lanes, uint16_t>,
+            dots_of<Lanes, float>,
             widen<Lanes>,
             attend<Lanes>,
             encode,

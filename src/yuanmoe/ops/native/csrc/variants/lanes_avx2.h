@@ -12,7 +12,7 @@ struct Avx2Lanes {
     // 6 tokens x 2 sums, 2 weights, 1 activation and the mask are the 16 registers. Measured: 6 beats 4, 5 and 8.
     static constexpr int kTile = 6;
     static constexpr int kChannelsTogether = 64;  // of values that are weighed
-    static constexpr int kBf16Rows = 2, kBf16Tile = 2;  // 8 registers of sums, 4 of rows, 2 of a token
+    static constexpr int kWholeRows = 2, kWholeTile = 2;  // 8 registers of sums, 4 of rows, 2 of a token
     // How far ahead weights are asked for, in bytes. What is read once should not push everything else out of the caches
     // (measured on Zen 3: the code between two products then takes a fifth longer).
     static constexpr int kAhead = 1536, kFarAhead = 0, kOnceLocality = 0;

@@ -12,7 +12,7 @@ struct Avx512Lanes {
     // 12 integer and 12 float sums leave 8 of the 32 registers; vpdpbusd (latency 5, two a cycle) wants 10 chains.
     static constexpr int kTile = 12;
     static constexpr int kChannelsTogether = 256;  // of values that are weighed
-    static constexpr int kBf16Rows = 4, kBf16Tile = 6;  // 24 sums, four rows and a token: 29 registers
+    static constexpr int kWholeRows = 4, kWholeTile = 6;  // 24 sums, four rows and a token: 29 registers
     // How far ahead weights are asked for, in bytes: near into the first cache, and far into the second, which waits for
     // 48 lines at a time where the first waits for 16 (measured on Sapphire Rapids, two cores, 4-bit weights: 18 GB/s
     // without, 22 with the near one alone, 27 with both; past the second cache, as on AVX2, 18).

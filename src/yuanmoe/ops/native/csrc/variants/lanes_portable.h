@@ -9,7 +9,7 @@ namespace {
 struct PortableLanes {
     static constexpr int kTile = 4;
     static constexpr int kChannelsTogether = 64;  // of values that are weighed
-    static constexpr int kBf16Rows = 1, kBf16Tile = 1;
+    static constexpr int kWholeRows = 1, kWholeTile = 1;
     static constexpr int kAhead = 1536, kFarAhead = 0, kOnceLocality = 0;  // as AVX2
     static int32_t bias(int bits) { return bits == 4 ? 8 : 0; }
 
