@@ -1,20 +1,26 @@
 """Small training runs for tests: a text that can be learned, a recipe for it, and the same as a folder of tokens."""
 
 import dataclasses
+import io
 import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from small_documents import Lists
 from small_tokenizers import TEXTS, bpe
 from yuanmoe.cli import main
+from yuanmoe.cli.train.job import TrainingJob
 from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, WeightedDocuments, measuring_windows
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.presets import preset
 from yuanmoe.train.recipe.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
+from yuanmoe.train.recipe.recipes import named
+from yuanmoe.train.recipe.settings import override
+from yuanmoe.train.start.data import open_data
 from yuanmoe.train.start.model import new_model
 from yuanmoe.train.steps.loop import Training
 
@@ -49,9 +55,9 @@ def recipe(**changes) -> Recipe:
 
 
 def batches(made: Recipe):
-    """The batch of a step by its number."""
+    """The batch of a step by the number of its first sample."""
     options = LoaderOptions(length=LENGTH, batch_size=made.data.batch_size, vocab_size=64, seed=made.run.seed)
-    return Loader([WeightedDocuments(documents=Lists([text()]))], options).batch
+    return Loader([WeightedDocuments(documents=Lists([text()]))], options).windows_from
 
 
 def heldout():
@@ -84,6 +90,14 @@ TINY = (
     'run.prompts=["def add"]', "run.sample_tokens=4",
 )  # fmt: skip
 """Settings that make `nano` twenty steps of milliseconds."""
+
+
+def job(data: Path, folder: Path, *settings: str, **changes) -> TrainingJob:
+    """A tiny run on a folder of tokens, which shows itself in a text."""
+    made = override(named("nano"), (*TINY, *settings))
+    console = Console(file=io.StringIO(), width=200)
+    opened = open_data([(1.0, data)], made)
+    return TrainingJob(model=new_model(made), recipe=made, data=opened, folder=folder, console=console, **changes)
 
 
 def arguments(data: Path, out: Path, *options: str, settings: tuple[str, ...] = ()) -> list[str]:

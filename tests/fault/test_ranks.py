@@ -19,7 +19,7 @@ ONE_LATE = """
 import os, sys, time
 from pathlib import Path
 import torch
-from yuanmoe.config import preset
+from yuanmoe.presets import preset
 from yuanmoe.plan.cluster.layout import Layout
 from yuanmoe.train.parallel import ranks
 met, grouped = Path(sys.argv[1]), ranks.grouped

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import io
 import json
 import math
 
@@ -11,13 +10,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from small_runs import BATCH, LENGTH, TINY, arguments, batches, recipe, training, write_tokens
+from small_runs import BATCH, LENGTH, TINY, arguments, batches, job, recipe, training, write_tokens
 from small_tokenizers import bpe
 from yuanmoe.checkpoint.formats.native_config import Origin
 from yuanmoe.checkpoint.write import writer
 from yuanmoe.cli import main
 from yuanmoe.cli.train import view as training_view
-from yuanmoe.cli.train.job import TrainingJob, run_training
+from yuanmoe.cli.train.job import run_training
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.data.sets.megatron import write_megatron
 from yuanmoe.data.sets.packed import PackedTokens
@@ -27,7 +26,6 @@ from yuanmoe.storage.run_folder import read_metrics
 from yuanmoe.train.recipe.recipes import named
 from yuanmoe.train.recipe.settings import override
 from yuanmoe.train.start.data import open_data
-from yuanmoe.train.start.model import new_model
 from yuanmoe.train.state.checkpoint import Checkpoints, newest, read_facts, snapshot, steps, surplus
 from yuanmoe.train.state.stored import Stored
 from yuanmoe.train.steps import guard
@@ -40,13 +38,6 @@ BAD_STEP = 7
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("tokens"))
-
-
-def job(data, folder, *settings, **changes):
-    made = override(named("nano"), (*TINY, *settings))
-    console = Console(file=io.StringIO(), width=200)
-    opened = open_data([(1.0, data)], made)
-    return TrainingJob(model=new_model(made), recipe=made, data=opened, folder=folder, console=console, **changes)
 
 
 def seen(console):
@@ -108,7 +99,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing():
 
 
 def test_a_spike_is_told_from_noise():
-    calm = [3.0, 3.2] * 8
+    calm = [(3.0, 1), (3.2, 1)] * 8
     assert "the loss is 5.300, more than 2.0 above the mean of the last steps, 3.100" in guard.fault(5.3, 1, calm, 2.0)
     assert not guard.fault(5.0, 1.0, calm, 2.0)
     assert not guard.fault(9.0, 1.0, calm[: guard.CALM_STEPS - 1], 2.0)

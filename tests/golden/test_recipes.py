@@ -194,12 +194,14 @@ def test_learning_rates_rise_linearly_and_fall_as_they_should():
     assert rates([0.0, 0.1, 0.2, 0.6, 1.0]) == pytest.approx([0.0, 0.5, 1.0, 0.55, 0.1])
     assert rates([0.1, 0.2, 0.6, 1.0], shape="constant") == pytest.approx([0.5, 1.0, 1.0, 1.0])
     assert rates([0.2, 0.6, 0.75, 0.8, 1.0], shape="wsd", decay=0.5) == pytest.approx([1.0, 0.82, 0.55, 0.46, 0.1])
+    assert learning_rate(recipe(warmup=0.2).schedule, 0.0, 0.05) == pytest.approx(0.25)
+    assert learning_rate(recipe(warmup=0.05).schedule, 0.0, 1.0) == 1.0
     assert learning_rate(recipe(warmup=0.0).schedule, 0.0) == 1.0
     assert learning_rate(recipe(warmup=1.0).schedule, 1.0) == 1.0
 
 
 def test_the_first_budget_to_run_out_ends_the_run():
     both = recipe(max_seconds=10.0, max_tokens=4 * 128)
-    assert spent(both, 1, 9.0) == pytest.approx(0.9)
-    assert spent(both, 3, 1.0) == pytest.approx(0.75)
-    assert spent(both, 5, 99.0) == 1.0
+    assert spent(both, 128, 9.0) == pytest.approx(0.9)
+    assert spent(both, 3 * 128, 1.0) == pytest.approx(0.75)
+    assert spent(both, 5 * 128, 99.0) == 1.0

@@ -62,7 +62,7 @@ def test_a_batch_in_which_nothing_counts_moves_nothing_and_is_no_fault():
     made = recipe(max_tokens=LENGTH * BATCH, weight_decay=0.0)
     model, before = new_model(made), new_model(made)
     (progress,) = Training(model, made, lambda _: batch)
-    assert (progress.loss, progress.gradient_norm) == (0.0, 0.0)
+    assert (progress.loss, progress.learned, progress.gradient_norm) == (None, 0, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert window_losses(model, Windows.of(batch[:2], "cpu")) == [0.0, 0.0]
 
@@ -124,7 +124,7 @@ def test_sources_come_by_weight_and_documents_are_rearranged_as_asked(tmp_path):
         pack_texts(texts, tmp_path / letters, bpe())
     places = [(3.0, tmp_path / "abc"), (1.0, tmp_path / "xyz")]
     made = override(named("nano"), [*TINY, "data.batch_size=64", "data.sequence_length=8"])
-    ids = np.concatenate([open_data(places, made).batch(number).ids for number in range(16)])
+    ids = np.concatenate([open_data(places, made).batch(64 * number).ids for number in range(16)])
     of_abc = sum(any(letter in bpe().decode(row.tolist()) for letter in "abc") for row in ids)
     assert of_abc == pytest.approx(768, abs=3)
     marks = [bpe().special_tokens[name] for name in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)]

@@ -73,9 +73,10 @@ def _headline(lines: Sequence[dict[str, Any]]) -> str:
     last = lines[-1]
     bits = [line["heldout_bits_per_byte"] for line in lines if "heldout_bits_per_byte" in line]
     heldout = f", {bits[-1]:.3f} bits a byte on held-out text" if bits else ""
+    loss = f"loss {last['recent_loss']:.3f}" if "recent_loss" in last else "no learned token"
     return (
         f"{last['step']:,} steps, {last['tokens']:,} tokens in {last['elapsed_s']:,.0f} s: "
-        f"loss {last['recent_loss']:.3f}{heldout}, {last['tokens_per_s']:,.0f} tokens/s, "
+        f"{loss}{heldout}, {last['tokens_per_s']:,.0f} tokens/s, "
         f"{format_count(last['flops_per_s'], 'FLOP/s')}"
     )
 

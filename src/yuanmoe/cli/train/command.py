@@ -235,6 +235,7 @@ def _checkpoint(
     Raises UsageError where a run is in the way, or is to go on with something else than it began with.
     """
     from yuanmoe.train.state.checkpoint import newest, read_facts, steps
+    from yuanmoe.train.steps.loop import place_in_text
 
     checkpoints = place.folder / CHECKPOINTS
     if place.resume:
@@ -243,7 +244,7 @@ def _checkpoint(
         before, now = facts["recipe"] | {"text": facts["data"]}, recipe.to_dict() | {"text": identity}
         changed = differences(flat(before), flat(now))
         _check_changes(place, changed, console)
-        if spent(recipe, facts["step"], facts["elapsed_s"]) >= 1:
+        if spent(recipe, place_in_text(recipe, facts)[1], facts["elapsed_s"]) >= 1:
             raise UsageError(
                 f"the run in {place.folder} has used up its budget after {facts['step']} steps; to go on, raise "
                 "schedule.max_tokens or schedule.max_seconds with --set, and add --accept-changes"

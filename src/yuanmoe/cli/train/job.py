@@ -30,7 +30,7 @@ from yuanmoe.train.parallel.shard import ready_to_use
 from yuanmoe.train.parallel.stages import state_dtype
 from yuanmoe.train.recipe.recipe import Recipe
 from yuanmoe.train.start.data import TrainingData
-from yuanmoe.train.state.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, snapshot
+from yuanmoe.train.state.checkpoint import Checkpoints, Snapshot, adapter_snapshot, read_facts, snapshot, steps
 from yuanmoe.train.state.stored import Stored
 from yuanmoe.train.steps.loop import Progress, Training
 from yuanmoe.train.steps.meter import MeterReading, bits_per_byte, flops_per_token, metrics, read
@@ -86,7 +86,7 @@ def run_training(job: TrainingJob) -> dict[str, Any]:
     if heldout is not None:
         with job.console.status("measuring on the held-out text"):
             loss = training.measure(heldout)
-        found |= {"heldout_loss": loss} | _bits(loss, job.data)
+        found |= {} if loss is None else {"heldout_loss": loss} | _bits(loss, job.data)
     if job.ranks.leads:
         write_run_page(job.folder)
     return found
@@ -205,6 +205,13 @@ class _Desk(ExitStack):
 
     def _rescue(self) -> str:
         """Saves the state before a step that was not taken, and says where it is."""
+        if not self.training.is_sound:
+            kept = steps(self.job.folder / CHECKPOINTS)
+            return (
+                f"The last good checkpoint is step-{kept[-1]}; --resume goes on from there"
+                if kept
+                else "None was saved"
+            )
         if self._checkpoints is None or self.training.step == 0:
             return "Nothing was learned that could be saved" if self.training.step == 0 else "This run is not saved"
         self._save()

@@ -63,7 +63,8 @@ class TrainingView:
 
     def show(self, progress: Progress, reading: MeterReading, heldout: float | None) -> None:
         """The run after a step; `heldout` in bits a byte where it was measured."""
-        self.curve += [reading.loss] * (round(progress.share * CURVE_WIDTH) - len(self.curve))
+        if reading.loss is not None:
+            self.curve += [reading.loss] * (round(progress.share * CURVE_WIDTH) - len(self.curve))
         self.heldout += [] if heldout is None else [heldout]
         now = time.monotonic()
         if now < self._next_s and heldout is None:
@@ -79,8 +80,9 @@ class TrainingView:
         worst = max((layer.max_over_mean for layer in reading.balance), default=1.0)
         dead = sum(layer.dead_experts for layer in reading.balance)
         return (
-            f"{progress.elapsed_s:4.0f} s, {progress.share:4.0%}: {progress.tokens:,} tokens, loss {reading.loss:.3f}"
-            f"{heldout}, {self._speed(reading)}, busiest expert {worst:.1f} x even, {dead} dead"
+            f"{progress.elapsed_s:4.0f} s, {progress.share:4.0%}: {progress.tokens:,} tokens, "
+            f"loss {_nats(reading.loss)}{heldout}, {self._speed(reading)}, "
+            f"busiest expert {worst:.1f} x even, {dead} dead"
         )
 
     def _speed(self, reading: MeterReading) -> str:
@@ -99,13 +101,19 @@ class TrainingView:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(width=NAME_WIDTH)
         grid.add_row("training", clock)
-        grid.add_row("loss", Text.assemble((sparkline(self.curve, bars), "cyan"), f" {reading.loss:.3f} nats a token"))
+        grid.add_row(
+            "loss", Text.assemble((sparkline(self.curve, bars), "cyan"), f" {_nats(reading.loss)} nats a token")
+        )
         heldout = " ".join(f"{bits:.2f}" for bits in self.heldout)
         grid.add_row("held out", f"{heldout} bits a byte" if heldout else "")
         grid.add_row("speed", self._speed(reading))
         for place, (load, balance) in enumerate(zip(reading.load, reading.balance, strict=True)):
             grid.add_row(f"experts {place}", load_strip(load, bars) + Text(f"  {describe(balance)}", style="dim"))
         return Padding(grid, (0, 0, 0, INDENT))
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
 
 
 def sparkline(values: Sequence[float], bars: str) -> str:

@@ -115,13 +115,13 @@ class Loader:
 
     def batch(self, number: int) -> Batch:
         """This rank's part of the batch of that number, from 0, whatever was read before."""
-        return self._at(number * self._options.batch_size)
+        return self.windows_from(number * self._options.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch = self._at(self.samples)
+        batch = self.windows_from(self.samples)
         self.samples += self._options.batch_size
         return batch
 
@@ -152,7 +152,7 @@ class Loader:
         sources = [(source.documents, source.weight) for source in self._sources]
         return options | {"sources": [[tokens.fingerprint[:16], weight] for tokens, weight in sources]}
 
-    def _at(self, first: int) -> Batch:
+    def windows_from(self, first: int) -> Batch:
         """This rank's windows of the batch that begins with sample `first`."""
         start = first + self._rank * self._local
         sources, within = self.mixture.turns(np.arange(start, start + self._local))

@@ -30,7 +30,7 @@ class TrainingData:
     """Everything a run reads."""
 
     batch: Callable[[int], Batch]
-    """The windows of a step by its number, from 0; the same for the same number, whenever it is asked."""
+    """The windows of a step by the number of its first sample; the same for the same number, whenever it is asked."""
     heldout: Batch | None
     """What the run is measured on."""
     bytes_per_token: float | None
@@ -65,7 +65,7 @@ def open_data(
     check_datasets_fit([*trained, *measured], options, recipe.model, loaded)
     loader = Loader(trained, options)
     return TrainingData(
-        batch=loader.batch,
+        batch=loader.windows_from,
         heldout=_measured(measured, options.length),
         bytes_per_token=_bytes_per_token(measured or trained),
         tokenizer=words if words.is_dir() else words.parent,

@@ -6,6 +6,7 @@ state could be lost. With a budget in tokens, one thread and one seed a run repe
 Legend: L layers with experts, E experts.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -29,10 +30,12 @@ from yuanmoe.train.steps.balance import RouterBiases
 from yuanmoe.train.steps.optim import Optimizer
 from yuanmoe.train.steps.passes import Passes
 from yuanmoe.train.steps.schedule import learning_rate, spent
-from yuanmoe.train.steps.step import Learned
+from yuanmoe.train.steps.step import Learned, StepSize
 
 RECENT_STEPS = 32
 """Steps that are remembered, for what they say together (`meter`) and to tell a spike (`guard`)."""
+FIRST_SHARE = 1e-3
+"""Of a budget in seconds, what a first step is taken to need: nobody knows before it is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,9 @@ class Progress:
     step: int
     """Steps done."""
     tokens: int
-    """Tokens learned from."""
+    """Tokens of all windows so far, whatever their size was."""
+    learned: int
+    """Learned tokens of this step: those that its loss is the mean over."""
     step_s: float
     """Of this step alone."""
     elapsed_s: float
@@ -50,8 +55,8 @@ class Progress:
     share: float
     """Of the budget, from 0 to 1."""
     learning_rate: float
-    loss: float
-    """Of this step's windows, before they were learned from."""
+    loss: float | None
+    """Of this step's windows, before they were learned from; None where they have no learned token."""
     balance_loss: float
     """What the balance of experts added to the loss."""
     gradient_norm: float
@@ -61,14 +66,16 @@ class Progress:
     milestone: int | None
     """The number of the milestone that this step reached."""
     heldout_loss: float | None
-    """Where it was measured after this step."""
+    """Where it was measured after this step, and the held-out text has learned tokens."""
 
 
 class Training:
-    """One run of a model, trained in place on `batch(0)`, `batch(1)` and so on.
+    """One run of a model, trained in place on the windows `batch(n)` gives from its sample `n` on.
 
-    The loss on `heldout` is measured at `recipe.run.milestones` even shares of the budget, the last at its end. Of
-    several ranks each learns from its share of every batch, in its layers, and all of them come to the same progress.
+    Steps take one batch after the other, so that a run that goes on with larger or smaller batches begins with the
+    sample after the last one that was read. The loss on `heldout` is measured at `recipe.run.milestones` even shares of
+    the budget, the last at its end. Of several ranks each learns from its share of every batch, in its layers, and all
+    of them come to the same progress.
     """
 
     def __init__(
@@ -82,7 +89,9 @@ class Training:
         self.model = model.train()
         self.recipe = recipe
         self.ranks = ranks
-        self.step = 0
+        self.step = self.samples = self.tokens = 0
+        self.is_sound = True
+        """Whether nothing was found in the weights that must not be saved."""
         self.recent: deque[Progress] = deque(maxlen=RECENT_STEPS)
         self._batch, self._heldout = batch, heldout
         self._optimizer = Optimizer(model, recipe.optimizer, ranks, parse_dtype(recipe.run.dtype))
@@ -103,30 +112,35 @@ class Training:
     def advance(self) -> Progress:
         """One step. Raises TrainingError, and leaves everything as it was, where it would do harm."""
         begin = time.perf_counter()
-        rate = learning_rate(self.recipe.schedule, self._share)
-        learned, norm = self._learn()
+        rate = learning_rate(self.recipe.schedule, self._share, self._next_share())
+        batch = self._whole_batch()
+        learned, norm = self._learn(batch)
+        num_learned = StepSize.of(batch).learned
         self._optimizer.step(rate)
         self._optimizer.zero_grad()
         stages = self.ranks.stages
         self._biases.update(learned.load if stages is None else stages.own_load(learned.load))
         step_s = time.perf_counter() - begin
         self.step += 1
+        self.samples += self.recipe.data.batch_size
+        self.tokens += self.recipe.data.tokens_per_step
         elapsed_s = self.ranks.first(self.elapsed_s)
-        self._share = spent(self.recipe, self.step, elapsed_s)
+        self._share = spent(self.recipe, self.tokens, elapsed_s)
         milestone = self._milestone()
         progress = Progress(
             step=self.step,
-            tokens=self.step * self.recipe.data.tokens_per_step,
+            tokens=self.tokens,
+            learned=num_learned,
             step_s=step_s,
             elapsed_s=elapsed_s,
             share=self._share,
             learning_rate=rate * self.recipe.optimizer.learning_rate,
-            loss=learned.loss.item(),
+            loss=learned.loss.item() if num_learned else None,
             balance_loss=learned.balance_loss.item(),
             gradient_norm=norm,
             load=[load.tolist() for load in learned.load],
             milestone=milestone,
-            heldout_loss=None if milestone is None or self._heldout is None else self.measure(self._heldout),
+            heldout_loss=None if milestone is None else self._measured(),
         )
         self.recent.append(progress)
         return progress
@@ -135,14 +149,23 @@ class Training:
         """All tensors that the next step depends on besides the model's own, each on one rank alone."""
         return self._optimizer.tensors() | ({} if self.ranks.data_index else self._biases.tensors())
 
-    def measure(self, batch: Batch) -> float:
-        """Mean loss of the windows of `batch` now, in nats a learned token; all ranks take part."""
-        return self._passes.measure(batch)
+    def measure(self, batch: Batch) -> float | None:
+        """Mean loss of the windows of `batch` now, in nats a learned token; None where there is none.
+
+        All ranks take part. Raises TrainingError where it is not finite: the weights are spoiled then.
+        """
+        loss = self._passes.measure(batch)
+        if loss is not None and not math.isfinite(loss):
+            self.is_sound = False
+            raise guard.spoiled(self.step, f"the loss on the held-out text is {loss}")
+        return loss
 
     def facts(self) -> dict[str, Any]:
         """Everything else that it depends on, as JSON values."""
         return {
             "step": self.step,
+            "samples": self.samples,
+            "tokens": self.tokens,
             "elapsed_s": self.elapsed_s,
             "heldout_loss": self.recent[-1].heldout_loss if self.recent else None,
             "recent": [asdict(progress) for progress in self.recent],
@@ -151,20 +174,22 @@ class Training:
     def load(self, tensors: Stored, facts: Mapping[str, Any]) -> None:
         """Goes on from where `tensors` and `facts` were taken; the model has its weights of then already."""
         self.step = facts["step"]
+        self.samples, self.tokens = place_in_text(self.recipe, facts)
         self._began = time.perf_counter() - facts["elapsed_s"]
-        self._share = spent(self.recipe, self.step, facts["elapsed_s"])
+        self._share = spent(self.recipe, self.tokens, facts["elapsed_s"])
         self._milestones = int(self._share * self.recipe.run.milestones)
-        self.recent.extend(Progress(**progress) for progress in facts["recent"])
+        # Before 0.2.0 progress did not say how many tokens were learned: all steps count alike.
+        self.recent.extend(Progress(**{"learned": 1, **progress}) for progress in facts["recent"])
         self._optimizer.load(tensors, self.step)
         self._biases.load(tensors)
 
-    def _learn(self) -> tuple[Learned, float]:
+    def _learn(self, batch: Batch) -> tuple[Learned, float]:
         """The gradient of the next batch, clipped, and its norm before that."""
-        recipe, batch = self.recipe, self._whole_batch()
+        recipe = self.recipe
         with _randomness([recipe.run.seed, self.step, self.ranks.rank], self._passes.device):
             learned = self._passes.learn(batch, recipe.data.windows_at_once, recipe.balance)
         norm = self._optimizer.clip(recipe.optimizer.gradient_clip).item()
-        losses = [progress.loss for progress in self.recent]
+        losses = [(each.loss, each.learned) for each in self.recent if each.loss is not None]
         if what := guard.fault(learned.loss.item(), norm, losses, recipe.run.spike):
             self._optimizer.zero_grad()
             raise guard.failure(self.step + 1, self.step, what, norm, self._passes.window_losses(batch))
@@ -172,7 +197,7 @@ class Training:
 
     def _whole_batch(self) -> Batch:
         """The windows of all ranks."""
-        batch, vocab_size = self._batch(self.step), self.recipe.model.vocab_size
+        batch, vocab_size = self._batch(self.samples), self.recipe.model.vocab_size
         if batch.ids.min() < 0 or batch.ids.max() >= vocab_size:
             raise DataError(
                 f"batch {self.step} holds token ids {batch.ids.min()} to {batch.ids.max()}, the model's vocabulary "
@@ -180,12 +205,32 @@ class Training:
             )
         return batch
 
+    def _measured(self) -> float | None:
+        return None if self._heldout is None else self.measure(self._heldout)
+
+    def _next_share(self) -> float:
+        """The share of the budget that the next step takes, as far as it is known before."""
+        budget, by_tokens = self.recipe.schedule, spent(self.recipe, self.recipe.data.tokens_per_step, 0.0)
+        if budget.max_seconds is None or (budget.max_tokens is not None and not self.step):
+            return by_tokens
+        return max(by_tokens, self._share / self.step if self.step else FIRST_SHARE)
+
     def _milestone(self) -> int | None:
         """The milestone that the share of the budget has just reached, from 1."""
         due = int(self._share * self.recipe.run.milestones)
         reached = due if due > self._milestones else None
         self._milestones = due
         return reached
+
+
+def place_in_text(recipe: Recipe, facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Samples and tokens that a run had read when its `facts` were saved."""
+    if "samples" in facts:
+        return facts["samples"], facts["tokens"]
+    # Saved before 0.2.0: all steps had the size that the run was saved with.
+    data = facts["recipe"]["data"] if "recipe" in facts else asdict(recipe.data)
+    samples = facts["step"] * data["batch_size"]
+    return samples, samples * data["sequence_length"]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from yuanmoe.checkpoint.adapters.adapter import active_lora_parameters
 from yuanmoe.plan import cost
 from yuanmoe.train.recipe.recipe import Recipe
+from yuanmoe.train.steps.guard import mean_loss
 from yuanmoe.train.steps.loop import Progress
 
 
@@ -34,8 +35,8 @@ class Balance:
 class MeterReading:
     """Of the last steps."""
 
-    loss: float
-    """Nats a token."""
+    loss: float | None
+    """Nats a learned token; None where there was none."""
     tokens_per_s: float
     flops_per_s: float
     load: list[list[int]]
@@ -56,8 +57,9 @@ def read(recent: Sequence[Progress], recipe: Recipe) -> MeterReading:
     rate = len(recent) * recipe.data.tokens_per_step / sum(each.step_s for each in recent)
     layers = zip(*(each.load for each in recent), strict=True)
     load = [[sum(counts) for counts in zip(*layer, strict=True)] for layer in layers]
+    losses = [(each.loss, each.learned) for each in recent if each.loss is not None]
     return MeterReading(
-        loss=sum(each.loss for each in recent) / len(recent),
+        loss=mean_loss(losses) if losses else None,
         tokens_per_s=rate,
         flops_per_s=rate * flops_per_token(recipe),
         load=load,
@@ -82,7 +84,8 @@ def balance(load: Sequence[int]) -> Balance:
 def metrics(progress: Progress, reading: MeterReading) -> dict[str, Any]:
     """One line of a run's metrics: the step, and what the last steps say together; the load where it was measured."""
     line = {name: value for name, value in asdict(progress).items() if name != "load" and value is not None}
-    line |= {"recent_loss": reading.loss, "tokens_per_s": reading.tokens_per_s, "flops_per_s": reading.flops_per_s}
+    line |= {"tokens_per_s": reading.tokens_per_s, "flops_per_s": reading.flops_per_s}
+    line |= {} if reading.loss is None else {"recent_loss": reading.loss}
     line |= {"balance": [asdict(layer) for layer in reading.balance]}
     return line if progress.milestone is None else line | {"load": reading.load}
 

@@ -37,8 +37,10 @@ class Passes:
         loss, extra, *load = self._ranks.sums([learned.loss, learned.balance_loss, *learned.load])
         return Learned(loss=loss, balance_loss=extra, load=load)
 
-    def measure(self, batch: Batch) -> float:
-        """Mean loss of the windows of `batch` in nats a learned token, without dropout."""
+    def measure(self, batch: Batch) -> float | None:
+        """Mean loss of the windows of `batch` in nats a learned token, without dropout; None where none is learned."""
+        if not batch.loss_mask.any():
+            return None
         own = self._windows(_filled(batch, self._ranks.num_data))
         if self._stages is None:
             loss = evaluate(self._model, own)

@@ -8,18 +8,21 @@ import math
 from yuanmoe.train.recipe.recipe import Recipe, ScheduleSettings
 
 
-def spent(recipe: Recipe, step: int, elapsed_s: float) -> float:
-    """The share of the budget that is gone after `step` steps."""
+def spent(recipe: Recipe, tokens: int, elapsed_s: float) -> float:
+    """The share of the budget that is gone after so many tokens and seconds."""
     budget = recipe.schedule
-    tokens = 0.0 if budget.max_tokens is None else step * recipe.data.tokens_per_step / budget.max_tokens
-    seconds = 0.0 if budget.max_seconds is None else elapsed_s / budget.max_seconds
-    return min(1.0, max(tokens, seconds))
+    by_tokens = 0.0 if budget.max_tokens is None else tokens / budget.max_tokens
+    by_seconds = 0.0 if budget.max_seconds is None else elapsed_s / budget.max_seconds
+    return min(1.0, max(by_tokens, by_seconds))
 
 
-def learning_rate(schedule: ScheduleSettings, share: float) -> float:
-    """The learning rate after a share of the budget, as a share of its highest."""
+def learning_rate(schedule: ScheduleSettings, share: float, step: float = 0.0) -> float:
+    """The learning rate after a share of the budget, as a share of its highest.
+
+    The warm-up counts the share that the coming `step` takes as well: a first step at rate 0 would learn nothing.
+    """
     if share < schedule.warmup:
-        return share / schedule.warmup
+        return min(1.0, (share + step) / schedule.warmup)
     return schedule.final_learning_rate + (1 - schedule.final_learning_rate) * _above_final(schedule, share)
 
 
