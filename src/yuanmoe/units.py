@@ -34,7 +34,7 @@ def parse_rate(text: str) -> float:
 
 
 def format_size(size: float) -> str:
-    """Three significant digits with a binary unit: 23.0 GiB; bytes below one KiB are exact."""
+    """A size in bytes as text: three significant digits and a binary unit, `23.0 GiB`; exact below one KiB."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(size) >= unit:
             value = size / unit
@@ -43,7 +43,7 @@ def format_size(size: float) -> str:
 
 
 def format_count(count: float, unit: str = "") -> str:
-    """Three significant digits with a decimal prefix: 39.9 G, 7.41 GFLOP, 33.0 GB/s."""
+    """A count or rate as text: three significant digits and a decimal prefix, such as 39.9 G, 7.41 GFLOP, 33.0 GB/s."""
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= factor:
             value = count / factor

@@ -19,11 +19,11 @@ LOSS_BLOCK = 512
 """Tokens whose logits exist at once in training (`ops/cross_entropy.py`)."""
 
 LOGIT_BYTES = 10
-"""Of one logit in the loss: bfloat16, float32, and its share in float32."""
+"""Bytes of one logit in the loss: bfloat16, float32, and its share in float32."""
 
 
 def activation_bytes(config: ModelConfig, tokens: int, sequences: int = 0) -> int:
-    """Bytes alive at the widest point of a layer in a pass over so many tokens, and a row of fp32 logits a sequence."""
+    """Bytes in use at the widest point of a layer in a pass over `tokens`, plus a row of fp32 logits a sequence."""
     D = config.hidden_size
     attention = 4 * config.attention_size + (7 * D // 2 if config.localized_filtering else D)
     chosen = config.num_experts_per_tok
@@ -35,7 +35,7 @@ def activation_bytes(config: ModelConfig, tokens: int, sequences: int = 0) -> in
 
 
 def kept_bytes(config: ModelConfig, num_experts: int, checkpointing: Checkpointing, *, fused_norms: bool = True) -> int:
-    """Bytes that one token leaves in a layer with so many experts until its backward pass.
+    """Bytes that one token keeps in a layer with `num_experts` experts until its backward pass.
 
     Fused norms keep their input; without such a kernel, on CPUs, torch keeps it twice in float32.
     """

@@ -27,7 +27,7 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """Equal weights of one layer: `copies` are stored, `active` of them work for one token."""
+    """Equal weights of one layer: `copies` are stored, of which `active` are used for one token."""
 
     role: Role
     shape: tuple[int, ...]
@@ -98,7 +98,7 @@ def parameters(config: ModelConfig) -> dict[Role, int]:
 
 
 def active_parameters(config: ModelConfig) -> dict[Role, int]:
-    """Parameters at work for one token by role: the output head once, the embedding look-up not at all."""
+    """Active parameters of one token by role: the output head counts once, the embedding look-up not at all."""
     counts = dict.fromkeys(ROLES, 0)
     for weight in weights(config):
         counts[weight.role] += weight.active * weight.size
@@ -114,7 +114,7 @@ def expected_experts(num_experts: int, num_experts_per_tok: int, tokens: int) ->
 
 
 def flops_of(weights: Iterable[Weight]) -> int:
-    """FLOPs of one token's way forward through these weights."""
+    """FLOPs of one token's forward pass through these weights."""
     return 2 * sum(weight.active * weight.size for weight in weights)
 
 
@@ -127,7 +127,7 @@ def forward_flops(config: ModelConfig) -> int:
 
 
 def dense_flops(config: ModelConfig) -> int:
-    """FLOPs of one token's forward pass in a dense model of this size, in which every parameter is at work."""
+    """FLOPs of one token's forward pass in a dense model of this size, in which every parameter is active."""
     used = (weight for weight in weights(config) if weight.role != "embedding")
     return 2 * sum(max(weight.copies, weight.active) * weight.size for weight in used)
 
@@ -143,7 +143,7 @@ def training_flops(config: ModelConfig, context: float = 0) -> float:
 
 
 def adapting_flops(config: ModelConfig, factors: float, context: float = 0) -> float:
-    """The same where the weights are frozen and `factors` numbers beside them work for a token and learn.
+    """FLOPs of one token forward and backward with frozen weights and `factors` active, trained LoRA weights.
 
     A frozen matrix is multiplied forward and for the gradient of what it was applied to, not for one of its own.
     """
@@ -158,7 +158,7 @@ def prefill_flops(config: ModelConfig, tokens: int) -> float:
 
 
 def petaflops_days(flops: float) -> float:
-    """FLOPs in the article's unit of training cost: 10^15 FLOP/s kept up for a day."""
+    """FLOPs in the article's unit of training cost: 10^15 FLOP/s sustained for a day."""
     return flops / (1e15 * SECONDS_PER_DAY)
 
 
@@ -230,7 +230,7 @@ def _copies_read(weight: Weight, tokens: int) -> float:
 
 
 def kv_bytes(config: ModelConfig, kv_bits: int = 16) -> int:
-    """Bytes of keys and values that one token leaves behind in all layers; in 8 bits each head has an fp32 scale.
+    """Bytes of the keys and values that are stored for one token in all layers; in 8 bits each head has an fp32 scale.
 
     Raises UsageError for other bits.
     """
@@ -250,7 +250,7 @@ def lfa_bytes(config: ModelConfig) -> int:
 def decode_bytes(
     config: ModelConfig, precision: Precision, *, context: int, batch: int = 1, kv_bits: int = 16
 ) -> float:
-    """Bytes that one decoding step reads: the weights at work, and each sequence's keys, values and LFA state."""
+    """Bytes that one decoding step reads: the active weights, and each sequence's keys, values and LFA state."""
     state = context * kv_bytes(config, kv_bits) + lfa_bytes(config)
     return read_bytes(config, precision, batch) + batch * state
 
@@ -263,7 +263,7 @@ FINE_TUNING_TOKENS = 10_000 * 1_024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A model of others, by the numbers the article gives for it."""
+    """A model of another team, described by the numbers that the article gives for it."""
 
     name: str
     forward_flops: float

@@ -26,7 +26,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, newline: N
 
 
 def render_chat(messages: Sequence[Message], *, newline: Newline = "newline") -> str:
-    """The same as text, for display and logs; to tokenize this would let contents smuggle special tokens in."""
+    """The conversation as text, for display and logs. Do not tokenize it: contents could contain special tokens."""
     return _render(messages, newline) + SEP
 
 

@@ -17,7 +17,7 @@ TURN_ENDS: dict[Newline, str] = {"newline": "\n", "literal": "<n>"}
 
 
 def turn_end(newline: Newline) -> str:
-    """What stands between two turns. Raises UsageError for an unknown variant."""
+    """The text between two turns. Raises UsageError for an unknown variant."""
     if newline not in TURN_ENDS:
         raise UsageError(f"newline is {newline!r}; it must be one of {', '.join(TURN_ENDS)}")
     return TURN_ENDS[newline]

@@ -24,13 +24,13 @@ class StreamingDetokenizer:
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Characters that are whole now, possibly none."""
+        """The characters that are complete after this token, possibly none."""
         data = self._tokenizer.surface(token_id, self._previous, self._skip_special)
         self._previous = token_id
         return self._characters.decode(data)
 
     def flush(self) -> str:
-        """What is left when no token follows: U+FFFD for an unfinished character."""
+        """The remaining text when no token follows: U+FFFD for an unfinished character."""
         return self._characters.decode(b"", final=True)
 
 
@@ -68,7 +68,7 @@ class StopStrings:
         return pending[:sure]
 
     def flush(self) -> str:
-        """What was held back, when no text follows."""
+        """The text that was held back, to be called when no text follows."""
         rest, self._held = self._held, ""
         return rest
 

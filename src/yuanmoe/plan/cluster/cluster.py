@@ -20,7 +20,7 @@ NETWORK_SHARE = 195 / 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wires:
-    """What connects devices: peaks."""
+    """The connections between devices: peak rates in bytes a second."""
 
     link: float
     """Between two devices of a node."""
@@ -64,7 +64,7 @@ WIRES = {
 
 
 def wires_of(device: Device) -> Wires:
-    """What usually connects devices of this kind."""
+    """The usual connections between devices of this kind."""
     return WIRES.get(device.name) or Wires(
         link=device.bandwidth / 2,
         card=1.25e9,
@@ -76,7 +76,7 @@ def wires_of(device: Device) -> Wires:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Equal nodes of equal devices."""
+    """A cluster of equal nodes, each with equal devices."""
 
     device: Device
     devices_per_node: int
@@ -94,22 +94,22 @@ class Cluster:
 
     @property
     def size(self) -> int:
-        """Devices altogether."""
+        """Number of devices in the whole cluster."""
         return self.devices_per_node * self.nodes
 
     @property
     def flops_per_s(self) -> float:
-        """What one device keeps up in matrix products."""
+        """FLOP/s that one device sustains in matrix products."""
         assert self.device.bf16_flops is not None, "parse_cluster knows no such device"
         return self.device.bf16_flops * self.matmul_share
 
     @property
     def link(self) -> float:
-        """What a device sends to another one of its node."""
+        """Bytes a second that a device sends to another device of its node."""
         return self.wires.link * LINK_SHARE
 
     def with_nodes(self, nodes: int) -> "Cluster":
-        """The same with more or fewer nodes."""
+        """This cluster with another number of nodes."""
         return dataclasses.replace(self, nodes=nodes)
 
     def neighbours(self, ranks: int) -> int:

@@ -57,7 +57,7 @@ class StageMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A layout, the layers of its stages, and what comes of it."""
+    """A layout, the layers of each stage, and the resulting time and memory."""
 
     layout: Layout
     stages: tuple[int, ...]
@@ -66,12 +66,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the fullest stage."""
+        """Bytes of memory on each device of the fullest stage."""
         return max(memory.total for memory in self.memory)
 
 
 class Candidate:
-    """A layout before its stages have layers."""
+    """A layout whose layers have not been distributed over its stages yet."""
 
     def __init__(self, case: Case) -> None:
         config = case.training.config
@@ -156,7 +156,7 @@ def _memory(stage: StagePart, in_flight: int) -> StageMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRequest:
-    """What is to be trained where, and what of the layout is given."""
+    """The model to train, the cluster to train it on, and the parts of the layout that are fixed."""
 
     training: TrainingStep
     cluster: Cluster
@@ -166,7 +166,7 @@ class ClusterRequest:
     """Layers of each stage; None leaves them open."""
 
     def candidates(self) -> list[Candidate]:
-        """Every layout that agrees. Raises UsageError when there are none."""
+        """Every layout that has the fixed parts. Raises UsageError when there is none."""
         if self.stages is not None:
             check_stages(self.stages, self.training.config, self.cluster.size)
         count = () if self.stages is None else (f"pp{len(self.stages)}",)
@@ -188,7 +188,7 @@ def rank(request: ClusterRequest) -> list[Plan]:
 
 
 def nearest(request: ClusterRequest) -> Plan:
-    """The layout that needs least memory."""
+    """The layout that needs the least memory."""
     best: Plan | None = None
     for candidate in sorted(request.candidates(), key=Candidate.least_bytes):
         if best is not None and candidate.least_bytes() >= best.peak_bytes:

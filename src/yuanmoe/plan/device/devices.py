@@ -1,4 +1,4 @@
-"""What the time model knows of a device, and a table of named ones with vendor numbers.
+"""The properties of a device that the time model uses, and a table of named devices with vendor numbers.
 
 Rates of the table are peaks: dense (no sparsity) bf16 tensor throughput with fp32 accumulation, and memory bandwidth of
 the data sheet. Vendors' gigabytes of device memory are GiB. Not here: this machine (`machine.py`).
@@ -28,7 +28,7 @@ class Device:
     bf16_flops: float | None
     """FLOP/s of matrix multiplication with 16-bit weights; None where the vendor publishes none."""
     quantized_flops: float | None = None
-    """The same with 8- and 4-bit weights where integer units multiply them; None: they multiply as bf16."""
+    """FLOP/s with 8- and 4-bit weights on integer units; None: these weights are multiplied as bf16."""
     source: str
     """Where the numbers come from."""
 
@@ -37,7 +37,7 @@ class Device:
         return self.bf16_flops if bits == 16 else self.quantized_flops or self.bf16_flops
 
     def with_memory(self, memory_bytes: int) -> "Device":
-        """The same device with another amount of memory."""
+        """This device with another amount of memory in bytes."""
         return dataclasses.replace(self, memory_bytes=memory_bytes)
 
 

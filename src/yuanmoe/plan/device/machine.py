@@ -46,7 +46,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What this machine has, as far as it tells."""
+    """The hardware of this machine, as far as the operating system reports it."""
 
     cpu: str
     cores: int
@@ -66,12 +66,12 @@ class Machine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether others took so much of the machine that rates measured now are too low."""
+        """Whether other programs use so much of the machine that rates measured now would be too low."""
         return self.load > self.cores / 2
 
 
 def read_machine() -> Machine:
-    """The facts, without measuring anything."""
+    """The hardware of this machine, without measuring anything."""
     cpu = _key_values("/proc/cpuinfo", ":")
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
     memory = {key: int(value.split()[0]) * 1024 for key, value in _key_values("/proc/meminfo", ":").items()}

@@ -40,7 +40,7 @@ torch 2.13 on a Zen 3 core. It limits small models, and large ones on fast devic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes that running a model takes."""
+    """Bytes of memory that running a model takes, by purpose."""
 
     weights: int
     kv_cache: int
@@ -55,7 +55,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Tokens a second over all sequences: the roofline bound, and what to expect below it."""
+    """Tokens a second over all sequences: the roofline bound, and the expected speed below it."""
 
     bound: float
     predicted: float
@@ -67,7 +67,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is asked of a device: a model, the bits of its weights, and sequences side by side with a context each.
+    """The work of a device: a model, the bits of its weights, and a number of sequences with a context length each.
 
     Raises UsageError when there is nothing to run.
     """
@@ -94,7 +94,7 @@ class Workload:
         return self.stored or PRECISIONS[self.bits]
 
     def with_bits(self, bits: int) -> "Workload":
-        """The same with weights quantized anew."""
+        """This workload with weights that are quantized again."""
         return dataclasses.replace(self, bits=bits, stored=None)
 
 
