@@ -109,4 +109,4 @@ def _licence(found: Distribution) -> str:
 def _is_wanted(path: Path) -> bool:
     folders = set(path.parts[:-1])
     left_out = SKIPPED_FOLDERS | TEST_FOLDERS | COPIES | {"..", "testing"}
-    return path.suffix == ".py" and not path.name.endswith(GENERATED) and not folders & left_out
+    return path.suffix.lower() == ".py" and not path.name.endswith(GENERATED) and not folders & left_out
