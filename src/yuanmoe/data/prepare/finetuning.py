@@ -1,4 +1,4 @@
-"""Conversations as tokens to learn from, with the mask that says which: answers, and what begins and ends them.
+"""Conversations as tokens to learn from, with the loss mask that marks them: answers, and what begins and ends them.
 
 A conversation is laid out as it is served (`chat`): earlier turns joined by newlines, `<sep>` after the last question,
 then the answer and `<eod>`. Learned are what the assistant said in every turn that its author did not exclude, `<sep>`
