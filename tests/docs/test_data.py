@@ -100,6 +100,26 @@ def test_megatron_pairs_are_written_looked_at_and_checked(run):
     )
 
 
+def test_names_that_look_like_markup_are_names(run):
+    code, _, err = run("pack", "code", "a[red]/b[/green]", "--tokenizer", "tok", "--workers", "1")
+    assert (code, "a[red]/b[/green]: " in err) == (0, True)
+
+
+def test_what_is_left_out_is_printed(run):
+    _, packed, err = run("pack", "code/a.py", "code", "out", "--tokenizer", "tok", "--workers", "1")
+    assert packed["datasets"][0]["documents"] == 6
+    assert "  left out: 1 the same file again\n" in err
+
+
+def test_alpaca_lines_are_packed_by_name(run, tmp_path):
+    (tmp_path / "alpaca.jsonl").write_text(json.dumps({"instruction": "a", "input": "", "output": "b"}) + "\n")
+    line = ("pack", "alpaca.jsonl", "out", "--tokenizer", "tok", "--workers", "1")
+    code, _, err = run(*line, "--format", "chat")
+    assert (code, "looks like --format alpaca. Mend it, or leave such records out (--skip-bad)" in err) == (1, True)
+    assert run(*line, "--format", "alpaca")[0] == 0
+    assert run("preview", "out")[2].startswith("a{+<sep>b<eod>+}\n")
+
+
 def test_wrong_calls(run):
     code, _, err = run("pack", "code", "--tokenizer", "tok")
     assert (code, err) == (2, "error: one path, code, is given; name what to read, and then the folder to write\n")

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_tokenizers import SMALL, TEXT, bpe, small_sentencepiece
+from yuanmoe.data.prepare.conversations import messages_of
 from yuanmoe.data.prepare.finetuning import (
     encode_conversation,
     encode_line,
     first_sep_mask,
-    messages_of,
     official_window_mask,
 )
 from yuanmoe.data.prepare.formats import clean_line

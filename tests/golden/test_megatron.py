@@ -94,13 +94,13 @@ def changed(place, new):
         (changed(18, struct.pack("<QQ", 0, 0))[:34], r"idx has 34 bytes where 0 sequences and 0 documents take 34"),
         (
             changed(34, struct.pack("<i", 6)),
-            r"bin has 20 bytes; sequence 0 of .*idx wants 6 tokens of 4 bytes at byte 0",
+            r"bin has 20 bytes; sequence 0 of .*idx needs 6 tokens of 4 bytes at byte 0",
         ),
-        (changed(34, struct.pack("<i", -1)), r"sequence 0 of .* wants -1 tokens"),
+        (changed(34, struct.pack("<i", -1)), r"sequence 0 of .* needs -1 tokens"),
         (changed(46, struct.pack("<q", -4)), r"sequence 0 of .* at byte -4"),
         (changed(46, struct.pack("<q", 2)), r"sequence 0 of .* at byte 2"),
         (changed(62, struct.pack("<q", 2**62)), r"sequence 2 of .* at byte 4611686018427387904"),
-        (changed(42, struct.pack("<i", 2**31 - 1)), r"sequence 2 of .* wants 2147483647 tokens"),
+        (changed(42, struct.pack("<i", 2**31 - 1)), r"sequence 2 of .* needs 2147483647 tokens"),
     ],
 )
 def test_damage_is_told_with_the_numbers(pair, index, message):
@@ -111,7 +111,7 @@ def test_damage_is_told_with_the_numbers(pair, index, message):
 
 def test_data_cut_short_or_missing(pair):
     pair.with_suffix(".bin").write_bytes(DATA[:-1])
-    with pytest.raises(DataError, match=r"bin has 19 bytes; sequence 2 of .*idx wants 2 tokens of 4 bytes at byte 12"):
+    with pytest.raises(DataError, match=r"bin has 19 bytes; sequence 2 of .*idx needs 2 tokens of 4 bytes at byte 12"):
         MegatronTokens(pair)
     pair.with_suffix(".bin").unlink()
     with pytest.raises(DataError, match=r"bin is missing; a Megatron dataset is two files, text_.*idx and text_.*bin"):

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,8 +32,8 @@ def pack(
     ],
     tokenizer: Tokenizer,
     form: Annotated[
-        Literal["text", "chat", "official", "official-sft"],
-        typer.Option("--format", help="What a record is: text, a conversation, or the official lines."),
+        Literal["text", "chat", "alpaca", "sharegpt", "official", "official-sft"],
+        typer.Option("--format", help="What a record is: text, a conversation (of three shapes), or official lines."),
     ] = "text",
     text_field: Annotated[str, typer.Option(help="Of JSON records and Parquet tables.")] = "text",
     suffix: Annotated[
@@ -73,11 +74,16 @@ def pack(
     console, start, words = people(), time.perf_counter(), load_tokenizer(tokenizer)
     try:
         with bytes_progress(f"-> {dst}") as progress:
-            choices = {"workers": workers, "overwrite": overwrite, "progress": progress, "say": console.print}
+            choices = {
+                "workers": workers,
+                "overwrite": overwrite,
+                "progress": progress,
+                "say": partial(console.print, markup=False),
+            }
             made = pack_files(sources, dst, words, options, **choices)
     except KeyboardInterrupt:
         kept = f"interrupted; the finished shards are in {dst}.partial, the same command goes on with them"
-        console.print(kept, soft_wrap=True)
+        console.print(kept, soft_wrap=True, markup=False)
         raise
     for tokens in made:
         found = tokens.manifest
@@ -85,9 +91,10 @@ def pack(
             f"{tokens.name}: {format_count(found.num_tokens)} tokens of {found.num_documents:,} documents, "
             f"{found.bytes_per_token:.2f} bytes each, in {found.num_shards} shards",
             soft_wrap=True,
+            markup=False,
         )
         for reason, count in found.skipped.items():
-            console.print(f"  left out: {count:,} {reason}")
+            console.print(f"  left out: {count:,} {reason}", markup=False)
     print_result({"datasets": [summary(tokens) for tokens in made], "seconds": round(time.perf_counter() - start, 3)})
 
 
@@ -102,7 +109,7 @@ def info(path: Dataset) -> None:
     facts = summary(tokens)
     for name, value in facts.items():
         shown = ", ".join(f"{each} {value[each]}" for each in value) if isinstance(value, dict) else value
-        console.print(f"{name:<18} {f'{shown:,}' if isinstance(shown, int) else shown}", soft_wrap=True)
+        console.print(f"{name:<18} {f'{shown:,}' if isinstance(shown, int) else shown}", soft_wrap=True, markup=False)
     settings = {"settings": tokens.manifest.settings} if isinstance(tokens, PackedTokens) else {}
     print_result(facts | settings)
 
@@ -118,7 +125,9 @@ def verify_tokens(path: Dataset, tokenizer: OptionalTokenizer = None) -> None:
     words = None if tokenizer is None else load_tokenizer(tokenizer)
     with bytes_progress(str(path)) as progress:
         read = verify_documents(tokens, words, progress)
-    people().print(f"{path}: {format_count(tokens.num_tokens)} tokens, {format_size(read)} as they were written")
+    people().print(
+        f"{path}: {format_count(tokens.num_tokens)} tokens, {format_size(read)} as they were written", markup=False
+    )
     print_result(summary(tokens) | {"verified_bytes": read})
 
 
@@ -151,7 +160,9 @@ def export(
         raise UsageError(f"{src} does not say how many ids there are; give --vocab-size")
     with bytes_progress(f"{src} -> {prefix}") as progress:
         write_megatron(tokens, prefix, vocab_size=size, progress=progress)
-    people().print(f"{prefix}: {tokens.num_documents:,} documents, {format_count(tokens.num_tokens)} tokens")
+    people().print(
+        f"{prefix}: {tokens.num_documents:,} documents, {format_count(tokens.num_tokens)} tokens", markup=False
+    )
     print_result(summary(tokens) | {"path": str(prefix)})
 
 

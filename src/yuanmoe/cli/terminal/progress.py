@@ -21,7 +21,8 @@ def bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     if not console.is_terminal:
         yield _lines(console, title)
         return
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)  # a path may hold braces and brackets
+    columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

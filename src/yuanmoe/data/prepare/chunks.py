@@ -55,6 +55,8 @@ def chunks(
             one_document_a_line=options.one_document_a_line,
             max_bytes=max_document_bytes,
             columns=options.columns,
+            further_columns=options.further_columns,
+            other_columns=options.other_columns,
         )
         skipped = start.records if number == start.file else 0
         part: RecordBatch | None = None

@@ -1,22 +1,22 @@
-"""Conversations as tokens to learn from, with the mask that says which: answers, and what begins and ends them.
+"""Conversations as tokens to learn from, with the loss mask that marks them: answers, and what begins and ends them.
 
 A conversation is laid out as it is served (`chat`): earlier turns joined by newlines, `<sep>` after the last question,
-then the answer and `<eod>`. Learned are what the assistant said in every turn, `<sep>` (so that a prompt without it
-works: the model writes it) and `<eod>`; never what a user or the system said.
+then the answer and `<eod>`. Learned are what the assistant said in every turn that its author did not exclude, `<sep>`
+(so that a prompt without it works: the model writes it) and `<eod>`; never what a user or the system said.
 Sources: IEIT-Yuan/Yuan2.0-M32, docs/data_process.md (lines `instruction<sep>response`) and megatron/utils.py (the loss
 mask of `--sft-stage`, here `first_sep_mask` and `official_window_mask`, the latter with its edge cases).
 Legend: B windows, S labels of a window.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from yuanmoe.data.permutation import Integers
-from yuanmoe.errors import TokenizerError, UsageError
+from yuanmoe.data.prepare.conversations import Turn, turns_of
+from yuanmoe.errors import TokenizerError
 from yuanmoe.text.chat import Message, render_turns
 from yuanmoe.text.chat_template import SEP, Newline, turn_end
 from yuanmoe.text.tokenizer import Tokenizer
@@ -24,44 +24,27 @@ from yuanmoe.text.tokenizer import Tokenizer
 Mask = npt.NDArray[np.bool_]
 
 
-def messages_of(record: Mapping[str, Any]) -> list[Message]:
-    """The conversation of a record: its `messages`, or its `prompt` and `completion`.
-
-    Raises UsageError for a record that has neither.
-    """
-    messages = record.get("messages")
-    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-        return messages
-    if "prompt" in record and "completion" in record:
-        return [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["completion"]},
-        ]
-    raise UsageError(
-        f"a conversation needs messages (a list of objects), or prompt and completion; this one has {', '.join(record)}"
-    )
-
-
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Message], *, newline: Newline = "newline"
 ) -> tuple[list[int], list[bool]]:
     """Ids of a conversation that ends with an answer, and which of them are to be learned.
 
-    Special strings in contents are plain text. Raises UsageError when the last message is no answer.
+    Special strings in contents are plain text. Raises UsageError for messages that are no such conversation.
     """
-    if not messages or messages[-1].get("role") != "assistant" or not str(messages[-1].get("content", "")).strip():
-        last = repr(messages[-1].get("role")) if messages else "nobody"
-        raise UsageError(
-            f"message {len(messages)}, the last one, is from {last}; a conversation to learn from must end with text "
-            "from 'assistant'"
-        )
-    *asked, answer = messages
-    turns = render_turns(asked, newline=newline)
-    ids = tokenizer.encode("".join(turns), allow_special=False)
-    spans = _answers(turns, [message["role"] == "assistant" for message in asked], len(turn_end(newline)))
-    learned = _within(spans, "".join(turns), tokenizer, ids)
-    said = tokenizer.encode(str(answer["content"]).strip(), allow_special=False)
-    return [*ids, tokenizer.sep_id, *said, tokenizer.eod_id], [*learned, *[True] * (len(said) + 2)]
+    return encode_turns(tokenizer, turns_of(messages), newline=newline)
+
+
+def encode_turns(
+    tokenizer: Tokenizer, turns: Sequence[Turn], *, newline: Newline = "newline"
+) -> tuple[list[int], list[bool]]:
+    """Ids of checked turns, and which of them are to be learned: learned answers, and what begins and ends the last."""
+    *asked, answer = turns
+    texts = render_turns([{"role": turn.role, "content": turn.text} for turn in asked], newline=newline)
+    ids = tokenizer.encode("".join(texts), allow_special=False)
+    spans = _answers(texts, [turn.learned for turn in asked], len(turn_end(newline)))
+    learned = _within(spans, "".join(texts), tokenizer, ids)
+    said = tokenizer.encode(answer.text.strip(), allow_special=False)
+    return [*ids, tokenizer.sep_id, *said, tokenizer.eod_id], [*learned, *[answer.learned] * (len(said) + 2)]
 
 
 def encode_line(tokenizer: Tokenizer, line: str) -> list[int]:
@@ -96,7 +79,7 @@ def official_window_mask(labels: Integers, *, sep_id: int, eod_id: int) -> Mask:
 
 
 def _answers(turns: Sequence[str], answered: Sequence[bool], end_length: int) -> list[tuple[int, int]]:
-    """Where, in the characters of all turns together, the assistant speaks; what ends its turns is not its own."""
+    """Where, in the characters of all turns together, learned answers are; what ends a turn is not part of it."""
     stops = list(accumulate(map(len, turns)))
     spans = zip([0, *stops], stops, answered, strict=False)
     return [(start, stop - end_length) for start, stop, wanted in spans if wanted]

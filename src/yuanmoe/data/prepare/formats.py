@@ -11,23 +11,26 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
 
-from yuanmoe.data.prepare.finetuning import encode_conversation, encode_line, first_sep_mask, messages_of
+from yuanmoe.data.prepare.conversations import COLUMNS, FURTHER_COLUMNS, SHOWN, ConversationShape, conversation_of
+from yuanmoe.data.prepare.finetuning import encode_line, encode_turns, first_sep_mask
 from yuanmoe.errors import DataError, UsageError
 from yuanmoe.text.chat_template import SEP, Newline
 from yuanmoe.text.sentencepiece_tokenizer import unescape_newlines
 from yuanmoe.text.tokenizer import Tokenizer
 
-Format = Literal["text", "chat", "official", "official-sft"]
+Format = Literal["text", "chat", "alpaca", "sharegpt", "official", "official-sft"]
 Half = Literal["train", "heldout"]
 LossRule = Literal["answers", "official"]
 
 PARTS: tuple[Half, ...] = ("train", "heldout")
 BINARY_PROBE_BYTES = 8192
+ELSEWHERE = "of the other part"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +38,9 @@ class FormatOptions:
     """How records are read."""
 
     format: Format = "text"
-    """`text` (a whole file, or a field of a record), `chat` (messages, or prompt and completion), `official` (one
-    document a line, newlines as `<n>`) or `official-sft` (such lines as `instruction<sep>response`, with a mask)."""
+    """`text` (a whole file, or a field of a record), `chat` (messages, or prompt and completion), `alpaca` and
+    `sharegpt` (conversations of these shapes), `official` (one document a line, newlines as `<n>`) or `official-sft`
+    (such lines as `instruction<sep>response`, with a loss mask)."""
     text_field: str = "text"
     """Of JSON records and tables."""
     loss: LossRule = "answers"
@@ -47,7 +51,7 @@ class FormatOptions:
     """Leave out records that cannot be read, and count them, instead of stopping."""
 
     heldout_share: float = 0.0
-    """Of records, chosen by their content, so that equal ones stay together: to measure with, not to learn."""
+    """Of documents, chosen by their text, so that copies stay together: to measure with, not to learn."""
     part: Half = "train"
     """Which of the two is read."""
 
@@ -56,13 +60,31 @@ class FormatOptions:
         return self.format in ("official", "official-sft")
 
     @property
+    def shape(self) -> ConversationShape | None:
+        """Of conversations; None where records are no conversations."""
+        return next((shape for shape in get_args(ConversationShape) if shape == self.format), None)
+
+    @property
     def masked(self) -> bool:
-        return self.format in ("chat", "official-sft")
+        return self.shape is not None or self.format == "official-sft"
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of tables."""
-        return ("messages", "prompt", "completion") if self.format == "chat" else (self.text_field,)
+        """Of tables; at least one must be there."""
+        return COLUMNS[self.shape] if self.shape else (self.text_field,)
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """Of tables, where they are there."""
+        return FURTHER_COLUMNS[self.shape] if self.shape else ()
+
+    @property
+    def other_columns(self) -> str:
+        """What to do about a table that has none of these columns."""
+        if self.shape is None:
+            return "name the right one (--text-field)"
+        shapes = ", ".join(f"{shape} reads {' and '.join(columns)}" for shape, columns in COLUMNS.items())
+        return f"choose the --format of its conversations: {shapes}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,31 +152,37 @@ class DocumentEncoder:
             return self._document(part, record)
         except (ValueError, RecursionError) as error:  # UsageError is a ValueError too
             if self.options.skip_bad:
-                return "unreadable record"
+                return self._left_out("unreadable record")
             raise DataError(
                 f"{part.name}, record {number}: {error}. Mend it, or leave such records out (--skip-bad)"
             ) from None
 
-    def _is_heldout(self, record: bytes) -> bool:
-        chance = int.from_bytes(hashlib.blake2b(record.strip(), digest_size=8).digest())
-        return chance < self.options.heldout_share * 2**64
+    def _is_elsewhere(self, text: str) -> bool:
+        """Whether a document belongs to the other part: chosen by its text without differences that a copy may have."""
+        if not self.options.heldout_share:
+            return False
+        plain = " ".join(normalize("NFC", text).split())
+        chance = int.from_bytes(hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=8).digest())
+        return (chance < self.options.heldout_share * 2**64) != (self.options.part == "heldout")
+
+    def _left_out(self, reason: str) -> str:
+        """What has no text to choose by is counted in one part only."""
+        return ELSEWHERE if self.options.heldout_share and self.options.part == "heldout" else reason
 
     def _document(self, part: RecordBatch, record: bytes) -> _Document | str:
-        if self.options.heldout_share and self._is_heldout(record) != (self.options.part == "heldout"):
-            return "of the other part"
         if not part.json and b"\0" in record[:BINARY_PROBE_BYTES]:
-            return "binary"
+            return self._left_out("binary")
         try:
             text = record.decode("utf-8-sig", errors="surrogatepass" if part.json else "strict")
         except UnicodeDecodeError:
             if part.json or self.options.one_document_a_line:
                 raise
-            return "not UTF-8"
+            return self._left_out("not UTF-8")
         values = _json_object(text) if part.json and text.strip() else {}
         if part.json and not values:
-            return "empty"
-        if self.options.format == "chat":
-            return self._conversation(values if part.json else None)
+            return self._left_out("empty")
+        if self.options.shape:
+            return self._conversation(values if part.json else None, self.options.shape)
         return self._of_text(self._text(values) if part.json else text.replace("\r\n", "\n"))
 
     def _text(self, values: dict[str, Any]) -> str:
@@ -162,9 +190,14 @@ class DocumentEncoder:
         if text is None:  # a null of a table
             return ""
         if not isinstance(text, str):
+            if self.options.text_field in values:
+                raise UsageError(
+                    f"no text in the field {self.options.text_field!r} but {type(text).__name__} {str(text)[:SHOWN]}"
+                )
+            names = ", ".join([*values][:20])
             raise UsageError(
-                f"no text in the field {self.options.text_field!r}, the record has {', '.join(values)}; name another "
-                "with --text-field"
+                f"no text in the field {self.options.text_field!r}, the record has {names}; name another with "
+                "--text-field"
             )
         return text
 
@@ -172,7 +205,9 @@ class DocumentEncoder:
         if self.options.one_document_a_line:
             text = clean_line(text)
         if not text.strip():
-            return "empty"
+            return self._left_out("empty")
+        if self._is_elsewhere(text):
+            return ELSEWHERE
         size = len(text.encode(errors="surrogatepass"))
         if not self.options.one_document_a_line:
             return _Document([*self.tokenizer.encode(text, allow_special=False), self.tokenizer.eod_id], None, size)
@@ -180,14 +215,21 @@ class DocumentEncoder:
         mask = first_sep_mask(ids, self.tokenizer.sep_id) if self.options.masked else None
         return _Document(ids, mask, size)
 
-    def _conversation(self, values: dict[str, Any] | None) -> _Document:
+    def _conversation(self, values: dict[str, Any] | None, shape: ConversationShape) -> _Document | str:
         if values is None:
             raise UsageError("conversations are read from .jsonl (also .gz, .zst) and .parquet files, this is none")
-        messages = messages_of(values)
-        ids, mask = encode_conversation(self.tokenizer, messages, newline=self.options.newline)
+        turns = conversation_of(values, shape)
+        # Each turn on its own, so that no text of one can look like two.
+        if self._is_elsewhere(
+            json.dumps([(turn.role, " ".join(turn.text.split())) for turn in turns], ensure_ascii=False)
+        ):
+            return ELSEWHERE
+        ids, mask = encode_turns(self.tokenizer, turns, newline=self.options.newline)
         if self.options.loss == "official":
-            mask = first_sep_mask(ids, self.tokenizer.sep_id)
-        return _Document(ids, mask, sum(len(str(message.get("content")).encode()) for message in messages))
+            mask = [each and turns[-1].learned for each in first_sep_mask(ids, self.tokenizer.sep_id)]
+        if not any(mask):
+            return "nothing to learn"
+        return _Document(ids, mask, sum(len(turn.text.encode()) for turn in turns))
 
 
 def clean_line(line: str) -> str:

@@ -1,6 +1,6 @@
 """A dataset while it is written: files that only grow, and a journal of how far all of them are right.
 
-The journal is renewed with every shard. A process that dies leaves files that are longer than the journal says; the
+The journal is renewed with every shard. A process that dies leaves files that are longer than the journal records; the
 next one cuts them back and goes on, so that the finished files are those of a process that did not die.
 """
 
@@ -139,7 +139,7 @@ class DatasetWriter:
             )
 
     def _finish_shard(self) -> None:
-        """Put everything so far on the disk, then say so in the journal."""
+        """Put everything so far on the disk, then record it in the journal."""
         assert self._shard is not None, "a shard was begun"
         self.journal.files |= self._shard.close()
         self._shard = None

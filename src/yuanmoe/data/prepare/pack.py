@@ -30,6 +30,8 @@ from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
+READING = 2
+"""Grows when the same sources and options give other tokens, so that what another version began is not gone on with."""
 DATASET = Kind(noun="dataset", proof=ENDS, error=DataError)
 
 
@@ -61,8 +63,8 @@ def pack_dataset(
 ) -> list[PackedTokens]:
     """Tokenize the documents of files and folders into the dataset `dst`, beside it first.
 
-    Where documents are held out, `dst` holds two datasets, `train` and `heldout`. `progress` hears bytes of the sources
-    done and in all, of each dataset. After a DataError or ResourceError the same call goes on where it was.
+    Where documents are held out, `dst` holds two datasets, `train` and `heldout`. `progress` receives bytes of the
+    sources done and in all, of each dataset. After a DataError or ResourceError the same call goes on where it was.
     """
     options, dst = options or PackOptions(), Path(dst)
     inputs = find_inputs(
@@ -70,6 +72,7 @@ def pack_dataset(
         suffixes=options.suffixes,
         max_document_bytes=options.max_document_bytes,
         lines=options.read.one_document_a_line,
+        skip_bad=options.read.skip_bad,
     )
     _check_apart(inputs, dst)
     parts = {part: replace(options, read=replace(options.read, part=part)) for part in PARTS}
@@ -147,7 +150,7 @@ def _make_encoder(tokenizer_file: Path, options: FormatOptions) -> Callable[[Chu
 
 def _fingerprint(inputs: Inputs, options: PackOptions, tokenizer: Tokenizer) -> str:
     files = [(str(file.path.absolute()), file.size, file.modified_ns) for file in inputs.files]
-    facts = json.dumps([files, asdict(options), tokenizer.sha256])
+    facts = json.dumps([READING, files, asdict(options), tokenizer.sha256])
     return hashlib.sha256(facts.encode(errors="surrogatepass")).hexdigest()
 
 

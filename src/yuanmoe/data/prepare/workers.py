@@ -30,7 +30,7 @@ def map_ordered(
 ) -> Generator[tuple[Item, Result], None, None]:
     """Each item and what the work, made by `make` in every process, gives for it.
 
-    One worker is this process itself. Errors of ours are raised here, at their item; ResourceError when a worker dies.
+    One worker is this process itself. Our own errors are raised here, at their item; ResourceError when a worker dies.
     """
     if workers == 1:
         work = make()
@@ -71,7 +71,7 @@ class _Worker:
 
 @contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """What is started here does not hear it, not even while it loads; signals are the main thread's to set."""
+    """Processes started here ignore Ctrl-C, also while they start; only the main thread may set signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -109,7 +109,7 @@ def _died() -> ResourceError:
 
 
 def _serve(pipe: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
-    """Answers until nobody asks any more. Ctrl-C is for the process that asks."""
+    """Answers until the pipe is closed. Ctrl-C is left to the process at its other end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     items: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # Items are taken from the pipe at once: were both sides to wait with full pipes, nobody would move.

@@ -105,7 +105,7 @@ class MegatronTokens:
             if wrong.any():
                 place = int(wrong.argmax())
                 raise DataError(
-                    f"{self._data} has {size} bytes; sequence {start + place} of {self._index.name} wants "
+                    f"{self._data} has {size} bytes; sequence {start + place} of {self._index.name} needs "
                     f"{sizes[place]} tokens of {self._dtype.itemsize} bytes at byte {pointers[place]}: one of the two "
                     "is damaged or cut short, fetch both again"
                 )
@@ -126,7 +126,8 @@ def write_megatron(
     """Write a pair under the name `prefix`, as the official preprocessing does, but in the smallest type.
 
     Ids take two bytes where the vocabulary allows it, four elsewhere. A loss mask has no place in this format and is
-    left behind. `progress` hears bytes. Raises DataError when there is such a pair or it cannot be one, ResourceError.
+    left behind. `progress` receives bytes. Raises DataError when there is such a pair or it cannot be one, and
+    ResourceError.
     """
     index, data = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
     for path in (index, data):

@@ -1,6 +1,6 @@
 """Installed Python packages whose licence allows nearly everything, as documents to train on.
 
-What is installed says so itself, in its metadata (packaging.python.org, core metadata: License-Expression, License,
+Licences are read from the packages' metadata (packaging.python.org, core metadata: License-Expression, License,
 classifiers); a package whose metadata does not name a licence of `PERMISSIVE` is left out. Not here: the standard
 library (`corpus.py`), tokens.
 """
@@ -109,4 +109,4 @@ def _licence(found: Distribution) -> str:
 def _is_wanted(path: Path) -> bool:
     folders = set(path.parts[:-1])
     left_out = SKIPPED_FOLDERS | TEST_FOLDERS | COPIES | {"..", "testing"}
-    return path.suffix == ".py" and not path.name.endswith(GENERATED) and not folders & left_out
+    return path.suffix.lower() == ".py" and not path.name.endswith(GENERATED) and not folders & left_out

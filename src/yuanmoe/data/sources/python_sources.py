@@ -65,7 +65,7 @@ def stdlib_documents(*, max_bytes: int | None = None) -> Iterator[Document]:
 def _python_files(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
-        paths = (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
+        paths = (Path(folder, name) for name in sorted(files) if name.lower().endswith(".py"))
         yield from (path for path in paths if path.is_file() and not path.is_symlink())
 
 

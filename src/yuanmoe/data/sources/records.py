@@ -7,13 +7,13 @@ Not here: which files (`inputs.py`).
 import gzip
 import hashlib
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 from yuanmoe.data.sources.inputs import SourceFile
+from yuanmoe.data.sources.rows import row_json
 from yuanmoe.errors import DataError, MissingExtraError
 
 BLOCK_BYTES = 1 << 20
@@ -27,14 +27,25 @@ class Reader:
     """The records of one file, read from its start to its end; then `sha256` is known."""
 
     def __init__(
-        self, file: SourceFile, *, one_document_a_line: bool, max_bytes: int, columns: tuple[str, ...]
+        self,
+        file: SourceFile,
+        *,
+        one_document_a_line: bool,
+        max_bytes: int,
+        columns: tuple[str, ...],
+        further_columns: tuple[str, ...] = (),
+        other_columns: str = "name the right one (--text-field)",
     ) -> None:
-        """`columns` are those of tables that records are made of. Raises DataError when the file cannot be opened."""
+        """Records of tables have `columns`, of which at least one must be there, and `further_columns`.
+
+        `other_columns` is the advice for a table that has none of `columns`.
+        """
         self.file = file
         self.container = file.container(one_document_a_line=one_document_a_line)
         self.json = self.container == "parquet" or file.holds_json
         """Whether records are JSON objects; else they are text."""
         self._max_bytes, self._columns = max_bytes, columns
+        self._further_columns, self._other_columns = further_columns, other_columns
         self._digest = hashlib.sha256()
         self._hashed_bytes = self._decoded_bytes = 0
 
@@ -48,7 +59,7 @@ class Reader:
         """How much of the file is behind."""
         return max(self._hashed_bytes, self._decoded_bytes)
 
-    def hear(self, data: memoryview) -> None:
+    def count(self, data: memoryview) -> None:
         """Bytes of the file on their way to a record."""
         self._digest.update(data)
         self._hashed_bytes += len(data)
@@ -108,20 +119,20 @@ class Reader:
             raise DataError(f"{self.file.name} is no readable Parquet file: {error}") from error
 
     def _of_table(self, table: Any) -> Iterator[Record]:
-        columns = [name for name in self._columns if name in table.schema_arrow.names]
-        if not columns:
+        names = table.schema_arrow.names
+        if not any(name in names for name in self._columns):
             raise DataError(
-                f"{self.file.name} has the columns {', '.join(table.schema_arrow.names)}, none of "
-                f"{', '.join(self._columns)}; name the right one (--text-field)"
+                f"{self.file.name} has the columns {', '.join(names)}, none of {', '.join(self._columns)}; "
+                f"{self._other_columns}"
             )
+        columns = [name for name in (*self._columns, *self._further_columns) if name in names]
         number = 0
         for group in range(table.num_row_groups):
             rows = self._batch_rows(table.metadata.row_group(group), group, columns)
             for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
                 for place in range(batch.num_rows):
                     number += 1
-                    row = {name: batch.column(name)[place].as_py() for name in columns}
-                    record = json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass")
+                    record = row_json({name: batch.column(name)[place] for name in columns})
                     self._check_size(len(record), number)
                     yield record
             self._decoded_bytes = self.file.size * (group + 1) // table.num_row_groups
@@ -150,7 +161,7 @@ class _Hashed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = self._raw.readinto(buffer)
-        self._reader.hear(buffer[:count])
+        self._reader.count(buffer[:count])
         return count
 
 
