@@ -18,7 +18,7 @@ from yuanmoe.checkpoint.quantize.report import decibels
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
-from yuanmoe.errors import UsageError
+from yuanmoe.errors import CheckpointError, UsageError
 from yuanmoe.evals.quality import read_loaded, read_streamed
 from yuanmoe.ops import native
 from yuanmoe.ops.quantize.groupwise import dequantize_weight, unpack_weight
@@ -265,3 +265,14 @@ def test_scales_of_least_error_do_not_shrink_the_weights(bits):
     empty = torch.zeros(16, 64)
     empty[3, 5] = 1e-25
     assert dequantize_weight(quantize_tensor(empty, bits, 64, "mse")).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "model.layers.0.mlp.router.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_that_stays_whole_must_hold_numbers(tmp_path, name, value):
+    state = weights(CONFIG)
+    state[name].view(-1)[1] = value
+    save_native(state, CONFIG, tmp_path / "src")
+    with pytest.raises(CheckpointError, match=f"{name} holds 1 values that are infinite or no numbers"):
+        quantize_checkpoint(tmp_path / "src", tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()

@@ -1,7 +1,8 @@
 """This machine as a device: memory, cores, CPU features, and its read bandwidth and matmul rate measured with numpy.
 
-Facts come from /proc and /sys where Linux has them, a container's limits included (`limits.py`). A rate is the median of
-a few rounds with its spread, because other programs use the memory too. Not here: anything of torch (`cli/doctor/probe.py`).
+Facts come from /proc and /sys where Linux has them, a container's limits included (`limits.py`). A rate is the median
+of a few rounds with its spread, because other programs use the memory too. Not here: anything of torch
+(`cli/doctor/probe.py`).
 """
 
 import os
