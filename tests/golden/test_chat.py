@@ -87,9 +87,15 @@ def test_contents_hold_no_special_tokens(messages: list[dict[str, str]], newline
             "message 2, the last one, is from 'assistant' and has 1 characters; .* 'user'",
         ),
         (said("user: q", "user:  \n"), "message 2, the last one, is from 'user' and has 0 characters; .* hold text"),
-        (said("user: q", "tool: t", "user: q"), "message 2 has the role 'tool'; it must be one of system, user, assi"),
+        (
+            said("user: q", "robot: t", "user: q"),
+            "message 2 has the role 'robot'; it must be one of system, user, assi",
+        ),
         ([{"content": "q"}], "message 1 has the role None"),
-        ([{"role": "user", "content": ["q"]}], "message 1 has content of type list; it must be text"),
+        ([{"role": "user", "content": ["q"]}], "message 1 has a part that is no text; parts are"),
+        ([{"role": "user", "content": 3}], "message 1 has content of type int; it must be text"),
+        ("hi", "a conversation is a list of messages"),
+        (["hi"], "message 1 is a str; it must be a dict with role and content"),
     ],
 )
 def test_what_cannot_be_answered(messages: list[dict[str, str]], complaint: str) -> None:
@@ -109,5 +115,5 @@ def test_template_refuses_unknown_roles() -> None:
     def raise_exception(message: str) -> None:
         raise ValueError(message)
 
-    with pytest.raises(ValueError, match="unknown role tool"):
-        jinja2.Template(chat_template()).render(messages=said("tool: t"), raise_exception=raise_exception)
+    with pytest.raises(ValueError, match="unknown role robot"):
+        jinja2.Template(chat_template()).render(messages=said("robot: t"), raise_exception=raise_exception)

@@ -297,3 +297,6 @@ def test_peft_computes_the_same_from_what_we_export(tmp_path, roles, router, kin
     torch.testing.assert_close(peft_logits(config, tmp_path, adapter, ids), expected, rtol=1e-4, atol=1e-5)
     said = json.loads((tmp_path / "peft" / CONFIG).read_text())
     assert bool(said["target_parameters"]) == ("experts" in roles)
+    assert said["base_model_name_or_path"] is None
+    export_peft(adapter, tmp_path / "named", base="models/Yuan2-2B")
+    assert json.loads((tmp_path / "named" / CONFIG).read_text())["base_model_name_or_path"] == "models/Yuan2-2B"

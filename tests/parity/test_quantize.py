@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from checkpoint_writers import official_json, official_state, write_bin, write_gptq, write_megatron, write_safetensors
 from small_models import random_ids, random_model, small_config
@@ -18,7 +20,7 @@ from yuanmoe.checkpoint.quantize.report import decibels
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.engine.generate import Generation
 from yuanmoe.engine.sampling import SamplingParams
-from yuanmoe.errors import UsageError
+from yuanmoe.errors import CheckpointError, UsageError
 from yuanmoe.evals.quality import read_loaded, read_streamed
 from yuanmoe.ops import native
 from yuanmoe.ops.quantize.groupwise import dequantize_weight, unpack_weight
@@ -265,3 +267,38 @@ def test_scales_of_least_error_do_not_shrink_the_weights(bits):
     empty = torch.zeros(16, 64)
     empty[3, 5] = 1e-25
     assert dequantize_weight(quantize_tensor(empty, bits, 64, "mse")).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "model.layers.0.mlp.router.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_that_stays_whole_must_hold_numbers(tmp_path, name, value):
+    state = weights(CONFIG)
+    state[name].view(-1)[1] = value
+    save_native(state, CONFIG, tmp_path / "src")
+    with pytest.raises(CheckpointError, match=f"{name} holds 1 values that are infinite or no numbers"):
+        quantize_checkpoint(tmp_path / "src", tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("header", ["gptq", "gptq_v2"])
+def test_zeros_of_version_2_are_read_as_they_are_whatever_the_header_says(tmp_path, bits, header):
+    official = official_state(CONFIG, weights(CONFIG))
+    torch.manual_seed(3)
+    write_gptq(tmp_path / "one", official_json(CONFIG), official, bits, (), group=32, symmetric=True)
+    expected = open_checkpoint(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (file,) = (tmp_path / "two").glob("*.safetensors00")
+    stored = load_file(file)
+    middle = int.from_bytes(bytes([0x88 if bits == 4 else 0x80] * 4), "little") - 2**32
+    stored = {n: torch.full_like(t, middle) if n.endswith("qzeros") else t for n, t in stored.items()}
+    save_file(stored, file)
+    for name in ("config.json", "quantize_config.json"):
+        values = json.loads((tmp_path / "two" / name).read_text())
+        values.get("quantization_config", values)["checkpoint_format"] = header
+        (tmp_path / "two" / name).write_text(json.dumps(values))
+    found = open_checkpoint(tmp_path / "two")
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[name].read(), tensor.read()), name
+    done = quantize_checkpoint(tmp_path / "two", tmp_path / "dst", roles={"lfa": 16, "embedding": 16})
+    assert done.report["group_size"] == 32

@@ -16,6 +16,9 @@ ROLES = ("system", "user", "assistant")
 Message = Mapping[str, object]
 """`{"role": "user", "content": "..."}`, as in the OpenAI API."""
 
+AS_ROLES = {"developer": "system", "tool": "user"}
+"""Roles of the OpenAI API that the models do not know, and what they are to them."""
+
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, newline: Newline = "newline") -> list[int]:
     """Ids of a conversation that waits for its answer. Special strings in contents are plain text.
@@ -31,7 +34,39 @@ def render_chat(messages: Sequence[Message], *, newline: Newline = "newline") ->
 
 
 def _render(messages: Sequence[Message], newline: Newline) -> str:
-    return "".join(render_turns(messages, newline=newline))
+    return "".join(render_turns(plain_messages(messages), newline=newline))
+
+
+def plain_messages(messages: Sequence[Message]) -> list[Message]:
+    """Messages as clients write them, in the roles that the models know and with one text each.
+
+    Contents may be nothing or a list of text parts; a developer is the system, and the result of a tool is a user's
+    text between `<tool_result>` marks. Raises UsageError for what is no list of messages and for parts that are no
+    text.
+    """
+    if isinstance(messages, str | Mapping):
+        raise UsageError("a conversation is a list of messages: [{'role': 'user', 'content': '...'}]")
+    return [_plain(place, message) for place, message in enumerate(messages, start=1)]
+
+
+def _plain(place: int, message: Message) -> Message:
+    if not isinstance(message, Mapping):
+        raise UsageError(f"message {place} is a {type(message).__name__}; it must be a dict with role and content")
+    role, content = message.get("role"), message.get("content")
+    if content is None and "content" in message:
+        content = ""
+    if isinstance(content, list | tuple):
+        content = "".join(_text_of(place, part) for part in content)
+    if role == "tool":
+        content = f"<tool_result>{content}</tool_result>"
+    return {"role": AS_ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
+
+
+def _text_of(place: int, part: object) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise UsageError(f"message {place} has a part that is no text; parts are {{'type': 'text', 'text': '...'}}")
+    return text
 
 
 def render_turns(messages: Sequence[Message], *, newline: Newline = "newline") -> list[str]:

@@ -24,14 +24,41 @@ def turn_end(newline: Newline) -> str:
 
 
 def chat_template(newline: Newline = "newline") -> str:
-    """Jinja source that renders `messages`; contents are not escaped, so `<eod>` in them is a special token."""
-    escaped = turn_end(newline).replace("\n", r"\n")
-    return (
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'system' -%}{{ message['content'] + '\\n' }}"
-        "{%- elif message['role'] in ['user', 'assistant'] -%}"
-        f"{{{{ message['content'].strip() + ('{SEP}' if loop.last else '{escaped}') }}}}"
-        "{%- else -%}{{ raise_exception('unknown role ' + message['role']) }}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-    )
+    """Jinja source that renders `messages`; contents are not escaped, so `<eod>` in them is a special token.
+
+    Contents are text, nothing, or parts of type `text`. The models know three roles: `developer` is the system, the
+    result of a `tool` is said by the user, and calls of tools are text of the assistant, as `yuanmoe serve` writes
+    them.
+    """
+    lines = _TEMPLATE.replace("TURN_END", turn_end(newline).replace("\n", r"\n")).splitlines()
+    return "".join(line.strip() for line in lines)
+
+
+_TEMPLATE = r"""
+{%- for message in messages -%}
+  {%- set content = message.get('content') -%}
+  {%- if content is none -%}{%- set text = '' -%}
+  {%- elif content is string -%}{%- set text = content -%}
+  {%- elif content | rejectattr('type', 'equalto', 'text') | list -%}
+    {{ raise_exception('only parts of type text can be read') }}
+  {%- else -%}{%- set text = content | map(attribute='text') | join -%}
+  {%- endif -%}
+  {%- if message['role'] in ['system', 'developer'] -%}{{ text + '\n' }}
+  {%- elif message['role'] in ['user', 'assistant', 'tool'] -%}
+    {%- if message['role'] == 'tool' -%}{%- set text = '<tool_result>' + text + '</tool_result>' -%}{%- endif -%}
+    {%- set said = namespace(parts=[text] if text else []) -%}
+    {%- for call in message.get('tool_calls') or [] -%}
+      {%- set function = call.get('function') or call -%}
+      {%- set arguments = function.get('arguments') or {} -%}
+      {%- if arguments is not string -%}{%- set arguments = arguments | tojson -%}{%- endif -%}
+      {%- set name = function['name'] | tojson -%}
+      {%- set arguments = arguments.strip() or '{}' -%}
+      {%- set body = '{"name": ' + name + ', "arguments": ' + arguments + '}' -%}
+      {%- set said.parts = said.parts + ['<tool_call>' + body + '</tool_call>'] -%}
+    {%- endfor -%}
+    {{ (said.parts | join('\n')).strip() + ('<sep>' if loop.last else 'TURN_END') }}
+  {%- else -%}{{ raise_exception('unknown role ' + message['role']) }}
+  {%- endif -%}
+{%- endfor -%}
+"""
+"""Joined without what stands at the ends of its lines."""

@@ -149,6 +149,8 @@ class Tokenizer(ABC):
             "eos_token": EOD,
             "pad_token": PAD,
             "clean_up_tokenization_spaces": False,
+            # Batches are continued to the right.
+            "padding_side": "left",
             "chat_template": chat_template(),
         }
         config = json.dumps(common | self._hf_config(), indent=2)

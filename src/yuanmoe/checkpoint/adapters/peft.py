@@ -30,8 +30,12 @@ _PARAMETERS = (ROUTER, "experts")
 _KIND = Kind(noun="PEFT adapter", proof=CONFIG, error=CheckpointError)
 
 
-def export_peft(adapter: Adapter, dst: Path | str, *, overwrite: bool = False) -> Path:
-    """Writes the directory, whole or not at all. Raises what `folder.new_folder` raises."""
+def export_peft(adapter: Adapter, dst: Path | str, *, base: str | None = None, overwrite: bool = False) -> Path:
+    """Writes the directory, whole or not at all. Raises what `folder.new_folder` raises.
+
+    `base` is where PEFT finds the base model, a directory or a name on a hub; without it PEFT has to be given the
+    model, as the last name of a directory would send it to a hub for a stranger of that name.
+    """
     dst = Path(dst).absolute()
     names = list(adapted_shapes(adapter))
     tensors: dict[str, Tensor] = {}
@@ -40,17 +44,17 @@ def export_peft(adapter: Adapter, dst: Path | str, *, overwrite: bool = False) -
         tensors |= {f"{_path(name, names)}.lora_A.weight": a, f"{_path(name, names)}.lora_B.weight": b}
     with new_folder(dst, overwrite=overwrite, kind=_KIND) as folder:
         write_safetensors(folder / TENSORS, {name: TensorView.of(tensor) for name, tensor in tensors.items()})
-        write_synced(folder / CONFIG, json_text(_config(adapter, names)))
+        write_synced(folder / CONFIG, json_text(_config(adapter, names, base)))
     return dst
 
 
-def _config(adapter: Adapter, names: list[str]) -> dict[str, object]:
+def _config(adapter: Adapter, names: list[str], base: str | None) -> dict[str, object]:
     settings = adapter.settings
     parameters = [name for name in names if lora_role_of(name) in _PARAMETERS]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base.name,
+        "base_model_name_or_path": base,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "use_rslora": settings.rslora,

@@ -2,7 +2,9 @@
 
 Per linear of I inputs and O outputs (spec 3.5): `qweight` int32 [I * bits / 32, O], inputs packed low bits first;
 `qzeros` int32 [groups, O * bits / 32], packed along the outputs, zero minus one; `scales` fp16 [groups, O];
-`g_idx` int32 [I], the group of each input. weight[o, i] = scales[g, o] * (code - zero), rounded once to fp16.
+`g_idx` int32 [I], the group of each input. Files of version 2 (`checkpoint_format` gptq_v2) store the zero itself, and
+some tools write such zeros under a header that names version 1: in symmetric files, whose zeros are the middle code,
+the zeros themselves tell. weight[o, i] = scales[g, o] * (code - zero), rounded once to fp16.
 Not here: quantizing (`quantize.py`), and running in few bits.
 """
 
@@ -28,6 +30,8 @@ class GPTQTensor(LazyTensor):
 
     name: str
     bits: int
+    zeros_as_they_are: bool | None
+    """True under version 2; None where the zeros have to tell: they are symmetric, under a header of version 1."""
     qweight: LazyTensor
     qzeros: LazyTensor
     scales: LazyTensor
@@ -37,8 +41,10 @@ class GPTQTensor(LazyTensor):
         inputs = self.shape[1]
         first, last = start // inputs, -(-stop // inputs)
         qweight, scales = self.qweight.read(), self.scales.read().T
-        # Stored minus one; a zero of 0 went round to the largest code, and comes back round.
-        zeros = (unpack_gptq(self.qzeros.read().T, self.bits).T + 1) & (2**self.bits - 1)
+        # Stored minus one in version 1; a zero of 0 went round to the largest code, and comes back round.
+        stored = self.qzeros.read()
+        offset = 0 if self._is_version_2(stored) else 1
+        zeros = (unpack_gptq(stored.T, self.bits).T + offset) & (2**self.bits - 1)
         groups = self._groups()
         rows = torch.empty(last - first, inputs, dtype=self.dtype)
         for block, low in zip(rows.split(_ROWS), range(first, last, _ROWS), strict=True):
@@ -48,9 +54,12 @@ class GPTQTensor(LazyTensor):
 
     def symmetric_group_size(self) -> int | None:
         """Inputs of a group, where groups are equal runs and every zero is the middle code; else None."""
-        # Stored minus one, so two nibbles of 7 or a byte of 127.
-        zeros = self.qzeros.read().contiguous().view(torch.uint8)
-        symmetric = bool((zeros == (0x77 if self.bits == 4 else 0x7F)).all())
+        # Stored minus one in version 1, so two nibbles of 7 or a byte of 127.
+        stored = self.qzeros.read()
+        octet = (
+            _middle(self.bits) if self._is_version_2(stored) else _middle(self.bits) - (0x11 if self.bits == 4 else 1)
+        )
+        symmetric = bool((stored.contiguous().view(torch.uint8) == octet).all())
         plain = symmetric and self.bits in (4, 8) and self._groups() is None
         return self.shape[1] // self.scales.shape[0] if plain else None
 
@@ -58,6 +67,11 @@ class GPTQTensor(LazyTensor):
         """The codes int8 [rows, I] and scales [rows, groups] of some rows, where there is a symmetric group size."""
         codes = unpack_gptq(self.qweight.read()[:, first:last], self.bits)
         return (codes.int() - 2 ** (self.bits - 1)).to(torch.int8), self.scales.read().T[first:last].contiguous()
+
+    def _is_version_2(self, stored: Tensor) -> bool:
+        if self.zeros_as_they_are is not None:
+            return self.zeros_as_they_are
+        return bool((stored.contiguous().view(torch.uint8) == _middle(self.bits)).all())
 
     def _groups(self) -> Tensor | None:
         """The group of each input; None where groups are equal runs of inputs, as in every released file."""
@@ -67,6 +81,11 @@ class GPTQTensor(LazyTensor):
         inputs = len(groups)
         runs = torch.arange(inputs) // max(1, inputs // count)
         return None if inputs % count == 0 and torch.equal(groups, runs) else groups
+
+
+def _middle(bits: int) -> int:
+    """A byte of middle codes."""
+    return {2: 0b10101010, 4: 0x88, 8: 0x80}[bits]
 
 
 def _dequantized(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor | None) -> Tensor:
@@ -93,18 +112,19 @@ def packed_tensors(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any
     that are missing or do not fit each other.
     """
     method, bits = settings.get("quant_method", "gptq"), settings.get("bits")
-    if method != "gptq" or settings.get("checkpoint_format", "gptq") != "gptq" or bits not in (2, 4, 8):
+    form = settings.get("checkpoint_format", "gptq")
+    if method != "gptq" or form not in ("gptq", "gptq_v2") or bits not in (2, 4, 8):
         raise CheckpointError(
-            f"weights packed by {method!r} ({settings.get('checkpoint_format', 'gptq')!r}) in {bits!r} bits; "
-            "supported: 'gptq' in 2, 4 or 8 bits"
+            f"weights packed by {method!r} ({form!r}) in {bits!r} bits; supported: 'gptq' in 2, 4 or 8 bits"
         )
+    as_they_are = None if form == "gptq" and settings.get("sym") is True else form == "gptq_v2"
     packed = {name.rpartition(".")[0] for name in tensors if name.endswith(".qweight")}
     parts = {f"{name}.{suffix}" for name in packed for suffix in SUFFIXES}
     plain = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    return plain | {f"{name}.weight": _packed(name, tensors, bits) for name in sorted(packed)}
+    return plain | {f"{name}.weight": _packed(name, tensors, bits, as_they_are) for name in sorted(packed)}
 
 
-def _packed(name: str, tensors: Mapping[str, LazyTensor], bits: int) -> GPTQTensor:
+def _packed(name: str, tensors: Mapping[str, LazyTensor], bits: int, as_they_are: bool | None) -> GPTQTensor:
     missing = [f"{name}.{suffix}" for suffix in SUFFIXES if f"{name}.{suffix}" not in tensors]
     if missing:
         raise CheckpointError(f"tensor {missing[0]!r} of a packed weight is missing; download the files again")
@@ -124,6 +144,7 @@ def _packed(name: str, tensors: Mapping[str, LazyTensor], bits: int) -> GPTQTens
         dtype=scales.dtype,
         name=name,
         bits=bits,
+        zeros_as_they_are=as_they_are,
         qweight=qweight,
         qzeros=qzeros,
         scales=scales,

@@ -101,6 +101,8 @@ class Kept(WeightEncoder):
             assert isinstance(part, gptq.GPTQTensor), "`keeps` was asked first"
             parts.append(part.signed(low // columns, high // columns))
         codes, scales = (torch.cat(same) for same in zip(*parts, strict=True))
+        if not scales.isfinite().all():
+            raise UsageError(f"{int((~scales.isfinite()).sum())} scales of the GPTQ file are infinite or no numbers")
         found = QuantizedTensor(codes=codes, scales=scales, bits=self.form.bits, group_size=self.form.group_size)
         return found, Noise(_energy(dequantize_weight(found)), 0.0)
 

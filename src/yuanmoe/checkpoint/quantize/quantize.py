@@ -29,7 +29,7 @@ from yuanmoe.checkpoint.quantize.encoding import EncodedWeight, Kept, Rounded, W
 from yuanmoe.checkpoint.quantize.report import REPORT, read_report, report_of
 from yuanmoe.checkpoint.write.save import contents_of
 from yuanmoe.checkpoint.write.writer import WriteOptions, Written, write_checkpoint
-from yuanmoe.errors import UsageError
+from yuanmoe.errors import CheckpointError, UsageError
 from yuanmoe.ops.quantize.packed_format import PackedFormat
 from yuanmoe.plan.cost import Precision
 from yuanmoe.storage.folder import check_apart, remove_leftovers
@@ -144,6 +144,7 @@ def run(job: QuantizeJob, dst: Path | str, **options: Unpack[WriteOptions]) -> Q
     if report is not None and report.get("fingerprint") == fingerprint:
         remove_leftovers(Path(dst))
         return QuantizeResult(written=None, report=report)
+    _check_numbers(source, job.formats)
     context = Calibration(source, job.calibration) if job.method == "gptq" else None
     with _workers() as pool:
         encoders = {name: _encoder(job, name, form, context) for name, form in job.formats.items()}
@@ -207,6 +208,20 @@ def _encoder(job: QuantizeJob, name: str, form: PackedFormat, context: Calibrati
     if context is not None and context.covers(name):
         return Calibrated(tensor, form, context, name)
     return Rounded(tensor, form, "rtn" if job.method == "rtn" else "mse")
+
+
+def _check_numbers(source: OpenCheckpoint, formats: Mapping[str, PackedFormat]) -> None:
+    """Raises CheckpointError where a tensor that stays whole holds an infinity or NaN; encoders check the others."""
+    for name in layout(source.config).native:
+        if name in formats:
+            continue
+        wrong = sum(int((~block.isfinite()).sum()) for block in source.tensors[name].blocks())
+        source.release()
+        if wrong:
+            raise CheckpointError(
+                f"{name} holds {wrong:,} values that are infinite or no numbers; the checkpoint in {source.path} is "
+                "damaged, or its training diverged: `yuanmoe verify` tells, or quantize an earlier checkpoint"
+            )
 
 
 def _tensors(source: OpenCheckpoint, weights: Mapping[str, EncodedWeight]) -> dict[str, LazyTensor]:

@@ -69,12 +69,17 @@ def merge(
 
 
 @adapter.command("export-peft")
-def write_peft(source: Source, dst: Target, overwrite: Overwrite = False) -> None:
+def write_peft(
+    source: Source,
+    dst: Target,
+    base: Annotated[str | None, typer.Option(help="Directory or hub name where PEFT finds the base model.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
     """Write it in PEFT's format, for PEFT over `yuanmoe.hf`; experts and routers become target_parameters."""
     from yuanmoe.checkpoint.adapters.adapter import open_adapter
     from yuanmoe.checkpoint.adapters.peft import export_peft as export
 
-    path = export(open_adapter(source), dst, overwrite=overwrite)
+    path = export(open_adapter(source), dst, base=base, overwrite=overwrite)
     people().print(f"{dst}: load it with peft.PeftModel.from_pretrained over yuanmoe.hf.YuanForCausalLM")
     print_result({"command": "adapter export-peft", "path": str(path)})
 
