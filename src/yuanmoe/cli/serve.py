@@ -18,6 +18,7 @@ from yuanmoe.cli.terminal.output import people, print_result
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cost import forward_flops
 from yuanmoe.plan.device.machine import measure_matmul, read_machine
+from yuanmoe.shipped import model_folder
 from yuanmoe.units import GIB, format_size, parse_size
 
 MOST_STEP_TOKENS = 512
@@ -61,6 +62,7 @@ def serve(
     drain: Annotated[int, typer.Option(min=0, help="Seconds that answers may take to finish at the end.")] = 30,
 ) -> None:
     """Serve a model to many at once: an OpenAI endpoint, and a page. Ctrl-C ends it, answers first; twice, at once."""
+    from yuanmoe.checkpoint.card import read_card
     from yuanmoe.serve.core.launch import Settings, launch
     from yuanmoe.serve.core.server import bind, url
 
@@ -70,9 +72,11 @@ def serve(
     # Before the weights are loaded, which may take minutes.
     with bind(host, port) as bound:
         model_id = model_name or model.resolve().name
+        card = read_card(model_folder(model))
         lm, adapters = _load(console, model, model_id, adapter or [], dtype, kv_dtype, device, threads)
         settings = Settings(
             model_id=model_id,
+            card=card,
             access=access,
             cache_tokens=cache_tokens,
             cache_bytes=None if cache_gib is None else round(cache_gib * GIB),

@@ -38,12 +38,17 @@ export class Transcript {
     const { writing } = this.session;
     const busy = writing || this.session.info.value === null;
     const path = conversation.path();
+    const out = path.length - conversation.sent(conversation.head.leaf).length;
+    const plain = this.session.kind === "completion";
     byId("welcome").hidden = path.length > 0;
-    for (const message of path) {
+    for (const [at, message] of path.entries()) {
       if (!this.#views.has(message.id)) this.#views.set(message.id, messageView(message, this.actions));
       const siblings = conversation.siblings(message);
       const last = message === path.at(-1);
-      this.#views.get(message.id).update({ view: this.view.value, busy, siblings, last });
+      this.#views.get(message.id).update({
+        ...{ view: this.view.value, busy, siblings, last, plain },
+        ...{ out: at < out, first: out > 0 && at === out },
+      });
     }
     this.#place(path.map(({ id }) => this.#views.get(id).node));
     if (this.#wasWriting && !writing && !another) announce(t("answerEnded"));
@@ -84,6 +89,7 @@ export class Transcript {
   }
 
   #offerEnd() {
-    this.toEnd.hidden = this.#nearEnd();
+    // An empty conversation has no end to go to.
+    this.toEnd.hidden = this.list.childElementCount === 0 || this.#nearEnd();
   }
 }
