@@ -161,8 +161,12 @@ def settings_say_what_is_used(page, look):
 
 
 def on_a_desk(page, look):
-    boxes = [tool.bounding_box() for tool in page.locator("#lens > :visible").all()]
-    assert len({round(box["y"] + box["height"] / 2, -1) for box in boxes}) == 1, "the tools stand in one row"
+    for width in (1200, 1280, 1330, 1600, 1000):
+        page.set_viewport_size({"width": width, "height": 800})
+        boxes = [tool.bounding_box() for tool in page.locator("#lens > :visible").all()]
+        assert len(boxes) >= 3
+        assert len({round(box["y"] + box["height"] / 2, -1) for box in boxes}) == 1, f"one row of tools at {width}"
+    page.set_viewport_size(DESK["viewport"])
     page.keyboard.press("Control+k")
     assert page.evaluate("document.activeElement.id") == "search"
     look("8-list")
