@@ -95,6 +95,7 @@ def test_a_new_user_gets_two_answers_and_sees_what_the_model_is(opened, shipped,
     answered_again(page, engine, ask, look)
     settings_say_what_is_used(page, look)
     page.locator('input[name="view"][value="experts"]').check()
+    expect(page.locator("#to-end")).to_be_hidden()  # the end was in sight, and is in the other view
     look("6-experts")
     (on_a_phone if device == "phone" else on_a_desk)(page, look)
 

@@ -12,6 +12,8 @@ export class Transcript {
   #views = new Map();
   #conversation = null;
   #wasWriting = false;
+  /** Whether the end was in sight when the page was last shown or scrolled. */
+  #atEnd = true;
 
   /** `view` is the signal of what is shown, chat or experts; `actions` what the buttons of messages call. */
   constructor(session, view, actions) {
@@ -23,7 +25,13 @@ export class Transcript {
     session.current.watch(() => this.#show());
     session.info.watch(() => this.#show());
     session.touched.watch(() => this.grow());
-    view.watch(() => this.#show());
+    view.watch(() => {
+      // The other view has other heights; whoever saw the end sees it there too.
+      const follow = this.#atEnd;
+      this.#show();
+      if (follow) this.#scrollToEnd();
+      this.#offerEnd();
+    });
     language.watch(() => this.#show());
     this.scroller.addEventListener("scroll", () => this.#offerEnd(), { passive: true });
     this.toEnd.addEventListener("click", () => this.#scrollToEnd());
@@ -90,6 +98,7 @@ export class Transcript {
 
   #offerEnd() {
     // An empty conversation has no end to go to.
-    this.toEnd.hidden = this.list.childElementCount === 0 || this.#nearEnd();
+    this.#atEnd = this.#nearEnd();
+    this.toEnd.hidden = this.list.childElementCount === 0 || this.#atEnd;
   }
 }

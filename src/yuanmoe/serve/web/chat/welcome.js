@@ -2,7 +2,7 @@
 // begin with.
 
 import { byId, el } from "../core/dom.js";
-import { language, number, t } from "../core/language.js";
+import { language, number, say, t } from "../core/language.js";
 
 const QUESTIONS = ["example1", "example2", "example3"];
 
@@ -16,7 +16,8 @@ export function startWelcome(session, propose) {
       ...(info ? [el("p", {}, about(info)), ...card(info)] : []),
       el("div", { className: chat ? "examples" : "examples code-examples" }, ...examples(info, chat, propose)),
     );
-    byId("question").placeholder = t(chat ? "questionPlaceholder" : "textPlaceholder");
+    say(document.querySelector('input[value="chat"] + span'), "t", chat ? "viewChat" : "viewText");
+    say(byId("question"), "tPlaceholder", chat ? "questionPlaceholder" : "textPlaceholder");
     byId("composer").classList.toggle("text", !chat);
   };
   for (const cause of [session.info, session.current, language]) cause.watch(show);

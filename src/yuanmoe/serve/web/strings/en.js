@@ -25,6 +25,7 @@ export default {
 
   view: "View",
   viewChat: "Chat",
+  viewText: "Text",
   viewExperts: "Experts",
   transcript: "Conversation",
   question: "Your question",

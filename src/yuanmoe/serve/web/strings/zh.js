@@ -25,6 +25,7 @@ export default {
 
   view: "视图",
   viewChat: "对话",
+  viewText: "文字",
   viewExperts: "专家",
   transcript: "对话内容",
   question: "你的问题",
