@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from yuanmoe.checkpoint.card import CARD_FILE
 from yuanmoe.checkpoint.load import load_model
 from yuanmoe.config import ModelConfig
 from yuanmoe.data.sets.manifest import DatasetManifest
 from yuanmoe.plan import cost
 from yuanmoe.reports.training_page import WIDTH, Series, chart
-from yuanmoe.shipped import CARD
+from yuanmoe.shipped import CARD, small_folder
 from yuanmoe.storage.run_folder import ENVIRONMENT, RECIPE, read_metrics
 from yuanmoe.train.recipe.recipes import small
 from yuanmoe.train.recipe.settings import flat, override
@@ -93,6 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     run, tokens = options.folder / "run", options.folder / "tokens"
     checkpoint = newest(run / "checkpoints")
+    usage = (small_folder() / CARD_FILE).read_bytes()  # written by people, and likely in the folder that goes now
     shutil.rmtree(options.out, ignore_errors=True)
     calibration = ["--calibration", str(tokens / "train"), "--calibration-tokens", str(CALIBRATION_TOKENS)]
     command = ["yuanmoe", "quantize", str(checkpoint), str(options.out), *BITS, *calibration]
@@ -105,6 +107,7 @@ def main() -> None:
     (options.out / CURVE).write_text(curve(read_metrics(run)), encoding="utf-8")
     card = TEXT.format(**measured, **facts(options.folder, options.out), settings=command_line(settings))
     (options.out / CARD).write_text(card, encoding="utf-8")
+    (options.out / CARD_FILE).write_bytes(usage)
     print(json.dumps(measured))
 
 

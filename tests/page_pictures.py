@@ -51,6 +51,7 @@ def take(folder: Path) -> None:
     lm = LanguageModel(random_model(lm_config(tokenizer, **sizes)), tokenizer)
     engine = ScriptedEngine(lm.config, tokenizer)
     with serving(launch_engine(lm, engine, 4096, Settings(model_id="small"))) as url, sync_playwright() as playwright:
+        engine.step_s = 0.02  # as somebody reads
         browser = chromium.start(playwright)
 
         def visit(answer: str, question: str, **options) -> Page:

@@ -137,8 +137,8 @@ def test_settings_reach_the_engine_and_the_next_conversation(page, engine, ask):
 
 
 def test_an_adapter_can_be_chosen_where_the_server_has_one(opened, page, ask):
-    page.locator("#open-settings").click()
-    expect(page.locator("#setting-model")).to_have_count(0)
+    expect(page.locator("#who")).to_have_text("yuan-test")
+    expect(page.locator("#who select")).to_have_count(0)
     lm = small_lm(max_position_embeddings=1024)
     made = small_adapters.settings("q", "experts")
     poet = Adapter(settings=made, base=base_of(lm.model, "small"), tensors=small_adapters.factors(lm.model, made))
@@ -148,18 +148,16 @@ def test_an_adapter_can_be_chosen_where_the_server_has_one(opened, page, ask):
         asked = []
         page.on("request", lambda request: asked.append(request.post_data_json) if request.post_data else None)
         page.locator("#welcome p").wait_for()
+        assert page.locator("#model option").all_inner_texts() == ["base", "base + poet"]
+        page.locator("#model").select_option("poet")
         page.locator("#open-settings").click()
-        assert page.locator("#setting-model option").all_inner_texts() == ["base", "poet"]
-        page.locator("#setting-model").select_option("poet")
         page.locator("#setting-max_tokens").fill("4")
         page.get_by_text("Save").click()
         ask(page)
-        page.locator("#open-settings").click()
-        assert page.locator("#setting-model").input_value() == "poet"
-        page.locator("#setting-model").select_option("base")
-        page.get_by_text("Save").click()
+        assert page.locator("#model").input_value() == "poet"
+        page.locator("#model").select_option("base")
         ask(page)
-        assert [body["model"] for body in asked if "messages" in body] == ["poet", "base"]
+        assert [body["model"] for body in asked if "stream" in body] == ["poet", "base"]
         assert 'yuanmoe_requests_total{adapter="poet"} 1.0' in httpx.get(f"{url}/metrics").text
 
 

@@ -29,7 +29,7 @@ REFUSALS = (
     (refusal(429, "60 a minute", headers={"Retry-After": "7"}), "busy", "Try again in 7 s"),
     (refusal(503, "queue full", headers={"Retry-After": "1"}), "busy", "Try again in 1 s"),
     (refusal(503, "the engine has died"), "went wrong", "server's log"),
-    (refusal(400, "too long", code="context_length_exceeded"), "too long", "Start a new conversation"),
+    (refusal(400, "too long", code="context_length_exceeded"), "too long", "start a new conversation"),
     (refusal(408, "600 s"), "too long", "ask for fewer tokens"),
     (refusal(500, "a bug"), "went wrong", "server's log"),
     ({"status": 502, "body": "<b>Bad gateway</b>"}, "went wrong", "server's log"),
@@ -62,7 +62,7 @@ def test_a_refused_setting_is_one_click_away(opened, served, engine, ask):
     page.get_by_text("Save").click()
     ask(page)
     problem = page.locator(".problem")
-    expect(problem).to_contain_text("Change the setting top_p")
+    expect(problem).to_contain_text("Change the setting Top-p")
     expect(problem).to_contain_text("top_p is 0")
     problem.get_by_role("button", name="Open settings").click()
     assert page.locator("#setting-top_p").evaluate("node => node === document.activeElement")

@@ -107,7 +107,7 @@ def test_load_and_balance_are_those_of_the_layer(page, spoken):
     look_at(page, 2)
     visits = Counter(expert for token in spoken for expert in token[1])
     bars = page.locator("#load button")
-    assert bars.count() == 8
+    expect(bars).to_have_count(8)
     for expert in range(8):
         expect(bars.nth(expert)).to_have_attribute(
             "aria-label", f"Expert {expert}: {visits[expert]} visits, {visits[expert] / visits.total():.1%}"
@@ -174,7 +174,7 @@ def test_colours_of_32_experts_are_readable_and_apart(page):
             found[theme] = Array.from({ length: 32 }, (_, expert) => {
               node.dataset.expert = expert;
               const style = getComputedStyle(node);
-              return [rgb(style.backgroundColor), rgb(style.color)];
+              return [style.borderBottomColor, style.backgroundColor, style.color].map(rgb);
             });
             node.remove();
           }
@@ -182,8 +182,10 @@ def test_colours_of_32_experts_are_readable_and_apart(page):
         }"""
     )
     for pairs in found.values():
-        assert min(contrast(*pair) for pair in pairs) >= 4.5
-        places = [oklab(background) for background, _ in pairs]
+        # Text stands on a tint, and in the bars and cards on the colour itself.
+        assert min(contrast(tint, ink) for _, tint, ink in pairs) >= 7
+        assert min(contrast(colour, ink) for colour, _, ink in pairs) >= 4.5
+        places = [oklab(colour) for colour, _, _ in pairs]
         gaps = [distance(one, other) for at, one in enumerate(places) for other in places[:at]]
         # Colours 0.02 apart in OKLab are just told from one another side by side.
         assert min(gaps) > 0.07

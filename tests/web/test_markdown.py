@@ -2,6 +2,9 @@
 
 import pytest
 
+from yuanmoe.serve.web.page import read_page
+
+ASSETS = f"/v/{read_page().digest}"
 ALLOWED_TAGS = {
     *("DIV", "P", "SPAN", "H3", "H4", "H5", "H6", "HR", "BLOCKQUOTE", "PRE", "CODE", "UL", "OL", "LI", "TABLE"),
     *("THEAD", "TBODY", "TR", "TH", "TD", "STRONG", "EM", "DEL", "A", "BUTTON", "SVG", "USE"),
@@ -12,7 +15,7 @@ ALLOWED_ATTRIBUTES = {
 }
 
 RENDER = """async (text) => {
-  const { MarkdownView } = await import("/markdown/view.js");
+  const { MarkdownView } = await import("ASSETS/markdown/view.js");
   const view = new MarkdownView();
   view.update(text);
   document.body.append(view.node);
@@ -26,7 +29,7 @@ RENDER = """async (text) => {
   };
   view.node.remove();
   return found;
-}"""
+}""".replace("ASSETS", ASSETS)
 
 EXAMPLES = {
     "# Title #\ntext": "<h3>Title</h3><p>text</p>",
@@ -132,8 +135,8 @@ def test_no_text_takes_long(page):
     """Nothing backtracks, and nothing nests without bound."""
     took = page.evaluate(
         """async ([pieces, times]) => {
-          const { parseBlocks } = await import("/markdown/blocks.js");
-          const { renderBlock } = await import("/markdown/render.js");
+          const { parseBlocks } = await import("ASSETS/markdown/blocks.js");
+          const { renderBlock } = await import("ASSETS/markdown/render.js");
           const took = {};
           for (const piece of pieces) {
             const start = performance.now();
@@ -141,7 +144,7 @@ def test_no_text_takes_long(page):
             took[piece] = performance.now() - start;
           }
           return took;
-        }""",
+        }""".replace("ASSETS", ASSETS),
         [LONG, 60_000],
     )
     assert {piece: ms for piece, ms in took.items() if ms > 2000} == {}
@@ -192,7 +195,7 @@ def test_what_streams_ends_as_what_comes_at_once(page):
     """However a text is cut, and whatever a line looked like before it was whole."""
     broken = page.evaluate(
         """async ([texts, rounds]) => {
-          const { MarkdownView } = await import("/markdown/view.js");
+          const { MarkdownView } = await import("ASSETS/markdown/view.js");
           let seed = 1;
           const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
           for (let round = 0; round < rounds; round++) {
@@ -207,7 +210,7 @@ def test_what_streams_ends_as_what_comes_at_once(page):
             }
           }
           return null;
-        }""",
+        }""".replace("ASSETS", ASSETS),
         [TRICKY, 150],
     )
     assert broken is None

@@ -1,9 +1,15 @@
 """Who can use the page: languages, themes, keyboard alone, a phone, and what assistive technology is told."""
 
 import re
+import urllib.error
 import urllib.request
 
-LOOK_UP = "async (language) => Object.entries((await import(`/strings/${language}.js`)).default)"
+import pytest
+
+from yuanmoe.serve.web.page import read_page
+
+ASSETS = f"/v/{read_page().digest}"
+LOOK_UP = f"async (language) => Object.entries((await import(`{ASSETS}/strings/${{language}}.js`)).default)"
 CJK = re.compile("[\u4e00-\u9fff]")
 
 
@@ -39,13 +45,44 @@ def test_the_browsers_language_decides_and_can_be_changed(opened, served, engine
     expect(page.locator("#new-conversation")).to_have_text("New conversation")
 
 
-def test_the_page_is_asked_for_anew_and_may_load_nothing_else(served, browser):
-    for path in ("", "page.js", "styles/base.css", "icons.svg"):
-        with urllib.request.urlopen(f"{served.url}/{path}") as response:
-            assert response.headers["Cache-Control"] == "no-cache"
-            policy = response.headers["Content-Security-Policy"]
-            assert "default-src 'none'" in policy
-            assert "unsafe" not in policy
+CACHING = {
+    "/": ("text/html", "no-cache"),
+    f"{ASSETS}/page.js": ("text/javascript", "public, max-age=31536000, immutable"),
+    f"{ASSETS}/styles/base.css": ("text/css", "public, max-age=31536000, immutable"),
+    f"{ASSETS}/icons.svg": ("image/svg+xml", "public, max-age=31536000, immutable"),
+}
+
+
+@pytest.mark.parametrize("path", CACHING)
+def test_files_are_kept_for_good_and_the_document_may_load_nothing_else(served, path):
+    with urllib.request.urlopen(served.url + path) as response:
+        kind, caching = CACHING[path]
+        assert response.headers["Content-Type"].split(";")[0] == kind
+        assert response.headers["Cache-Control"] == caching
+        policy = response.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+
+
+@pytest.mark.parametrize(
+    "path", ["/page.js", "/v/0123456789abcdef/page.js", f"{ASSETS}/page.py", f"{ASSETS}/../app.py"]
+)
+def test_no_other_file_and_no_other_version_is_served(served, path):
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(served.url + path)
+
+
+def test_a_second_visit_asks_for_the_document_alone(browser, served):
+    with browser.new_context() as context:
+        page = context.new_page()
+        for visit in ("first", "second"):
+            page.goto(served.url)
+            page.locator("#welcome p").first.wait_for()
+            # What crossed the network has a size; what comes from the cache has none.
+            loaded = page.evaluate("performance.getEntriesByType('resource').map((e) => [e.name, e.transferSize])")
+            assert len(loaded) > 40
+            sent = [url.removeprefix(served.url) for url, size in loaded if size]
+            assert sent == ["/v1/info"] if visit == "second" else len(sent) > 40
 
 
 def test_the_systems_theme_decides_and_can_be_changed(opened, served, engine):

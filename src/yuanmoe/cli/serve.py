@@ -61,6 +61,7 @@ def serve(
     drain: Annotated[int, typer.Option(min=0, help="Seconds that answers may take to finish at the end.")] = 30,
 ) -> None:
     """Serve a model to many at once: an OpenAI endpoint, and a page. Ctrl-C ends it, answers first; twice, at once."""
+    from yuanmoe.checkpoint.card import read_card
     from yuanmoe.serve.core.launch import Settings, launch
     from yuanmoe.serve.core.server import bind, url
 
@@ -71,9 +72,11 @@ def serve(
     with bind(host, port) as bound:
         folder = model_or_shipped(model)
         model_id = model_name or folder.resolve().name
+        card = read_card(folder)
         lm, adapters = _load(console, folder, model_id, adapter or [], dtype, kv_dtype, device, threads)
         settings = Settings(
             model_id=model_id,
+            card=card,
             access=access,
             cache_tokens=cache_tokens,
             cache_bytes=None if cache_gib is None else round(cache_gib * GIB),

@@ -7,6 +7,9 @@ from yuanmoe.plan import cost
 from yuanmoe.serve.core.routing import routed_layers
 from yuanmoe.serve.core.service import Service
 
+SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""What the server samples with where a request says nothing."""
+
 
 def model_card(service: Service, name: str) -> dict[str, Any]:
     """The model, or an adapter of it, in the OpenAI API's shape; `parent` is what an adapter corrects."""
@@ -25,11 +28,19 @@ def model_info(service: Service) -> dict[str, Any]:
 
     `gflop_per_token` is a forward pass without attention scores; `dense` is a model of as many parameters that are all
     at work, `llama3_70b` the number that the article of M32 compares with. An adapter costs its own beside the model's.
+    `kind` to `suggestions` are the checkpoint's card; `sampling` has this server's defaults where nothing is `advised`.
     """
     config = service.config
+    card = service.card
     return {
         "version": __version__,
         "model": service.model_id,
+        "kind": card.kind,
+        "languages": list(card.languages),
+        "sampling": SAMPLING_DEFAULTS | dict(card.sampling),
+        "advised": list(card.sampling),
+        "limits": dict(card.limits),
+        "suggestions": {language: list(texts) for language, texts in card.suggestions.items()},
         "parameters": sum(cost.parameters(config).values()),
         "active_parameters": sum(cost.active_parameters(config).values()),
         "layers": config.num_hidden_layers,

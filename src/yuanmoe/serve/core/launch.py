@@ -10,6 +10,7 @@ import torch
 
 from yuanmoe import __version__
 from yuanmoe.checkpoint.adapters.adapter import Adapter
+from yuanmoe.checkpoint.card import UsageCard
 from yuanmoe.config import ModelConfig
 from yuanmoe.engine.engine import Engine
 from yuanmoe.errors import UsageError
@@ -32,6 +33,8 @@ class Settings:
     """How a model is served."""
 
     model_id: str
+    card: UsageCard = field(default_factory=UsageCard)
+    """What the checkpoint's makers say of its use; `/v1/info` and the page show it."""
     access: Access = field(default_factory=Access)
     cache_tokens: int | None = None
     """Room for keys and values of all sequences; None is a full context for each of a batch, at most what half of
@@ -104,6 +107,7 @@ def launch_engine(
         max_prompt_tokens=min(settings.max_prompt_tokens or context, context),
         cache_tokens=tokens,
         timeout_s=settings.timeout_s,
+        card=settings.card,
     )
     app = create_app(service, metrics, settings.access)
     return Launched(

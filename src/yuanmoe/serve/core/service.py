@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from yuanmoe.checkpoint.card import UsageCard
 from yuanmoe.config import ModelConfig
 from yuanmoe.engine.requests import Constraint, Request, RequestOutput
 from yuanmoe.engine.sampling import SamplingParams
@@ -46,6 +47,8 @@ class Service:
     """Room for keys and values of all sequences."""
     timeout_s: float
     """Of a whole answer."""
+    card: UsageCard = field(default_factory=UsageCard)
+    """What the checkpoint's makers say of its use."""
     created: int = field(default_factory=lambda: int(time.time()))
     _grammars: Grammars | None = None
     _grammars_lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -7,13 +7,10 @@ off: they load scripts from elsewhere.
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from importlib.resources import files
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -32,6 +29,7 @@ from yuanmoe.serve.openai.completions import completion
 from yuanmoe.serve.openai.errors import ApiError, invalid_body
 from yuanmoe.serve.openai.events import error_response, json_response
 from yuanmoe.serve.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from yuanmoe.serve.web.page import page_routes, read_page
 
 JSON_BODIES = {
     "/v1/chat/completions": ChatRequest,
@@ -81,17 +79,8 @@ def create_app(service: Service, metrics: Metrics, access: Access) -> FastAPI:
     _add_completions(app, service)
     _add_tokens(app, service)
     _add_data(app, service, metrics)
-    app.mount("/", _Page(directory=str(files("yuanmoe.serve") / "web"), html=True), name="page")
+    app.include_router(page_routes(read_page()))
     return app
-
-
-class _Page(StaticFiles):
-    """The page's files, which browsers ask about at every visit: after an update none may be of another version."""
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers["Cache-Control"] = "no-cache"
-        return response
 
 
 def _middleware(access: Access, metrics: Metrics) -> list[Middleware]:

@@ -8,7 +8,11 @@ import { remember, remembered } from "./core/remembered.js";
 import { signal } from "./core/signal.js";
 import { startTheme } from "./core/theme.js";
 import { startComposer } from "./chat/composer.js";
+import { startContext } from "./chat/context.js";
+import { startFiles } from "./chat/files.js";
+import { startModel } from "./chat/model.js";
 import { startSettings } from "./chat/settings.js";
+import { startShortcuts } from "./chat/shortcuts.js";
 import { startDrawer, startSidebar } from "./chat/sidebar.js";
 import { Transcript } from "./chat/transcript.js";
 import { startWelcome } from "./chat/welcome.js";
@@ -67,9 +71,16 @@ function messageActions(openSettings) {
   return {
     edit: thenType((question, text) => session.edit(question, text)),
     regenerate: thenType((answer) => session.regenerate(answer)),
-    retry: thenType((answer) => session.regenerate(answer)),
+    retry: thenType((answer) => session.retry(answer)),
     goOn: thenType((answer) => session.write(answer)),
     choose: (message) => session.choose(message),
+    room: (answer) => session.room(answer),
+    leaveOut: thenType(async (answer) => {
+      const asks = answer.status === "failed";
+      await session.leaveOut(asks ? answer.parent : answer.id);
+      if (asks) session.retry(answer);
+    }),
+    takeBack: thenType(() => session.takeBack()),
     newConversation: thenType(() => session.create()),
     openSettings: (answer) => openSettings(answer.error?.param),
     enterKey: () => openSettings("key"),
@@ -82,11 +93,15 @@ async function start() {
   startView();
   await session.start();
   const openSettings = startSettings(session, () => meetServer(openSettings));
-  const propose = startComposer(session, () => meetServer(openSettings));
+  const { propose, insert } = startComposer(session, () => meetServer(openSettings));
   new Transcript(session, view, messageActions(openSettings));
-  startSidebar(session);
+  const sidebar = startSidebar(session);
   startDrawer("panel", "open-panel", "close-panel");
   startWelcome(session, propose);
+  startModel(session);
+  startContext(session);
+  startFiles(session, insert);
+  startShortcuts({ ...sidebar, question: () => byId("question").focus() });
   startLens(session);
   startPanel(session, view);
   session.kept.watch((kept) => kept || toast(t("notKept")));

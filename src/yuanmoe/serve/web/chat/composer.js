@@ -3,7 +3,10 @@
 import { byId } from "../core/dom.js";
 import { submits } from "./message.js";
 
-/** `connect` asks again what the server is, where that is not known yet. */
+/**
+ * `connect` asks again what the server is, where that is not known yet. Returns {propose, insert}: what puts a text
+ * there for the reader to send, and what adds one.
+ */
 export function startComposer(session, connect) {
   const form = byId("composer");
   const area = byId("question");
@@ -23,7 +26,8 @@ export function startComposer(session, connect) {
     if (ready() && !session.info.value) await connect();
     // A question that cannot be asked yet stays where it is.
     if (!ready() || !session.info.value) return;
-    const text = area.value.trim();
+    // A text that the model continues keeps its indentation and its last line break.
+    const text = session.kind === "completion" ? area.value : area.value.trim();
     area.value = "";
     session.ask(text);
     refresh();
@@ -41,14 +45,15 @@ export function startComposer(session, connect) {
   });
   stop.addEventListener("click", () => session.stop());
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !event.defaultPrevented && session.writing && !byId("settings").open) session.stop();
+    if (event.key === "Escape" && !event.defaultPrevented && session.writing && !document.querySelector("dialog[open]")) session.stop();
   });
   session.current.watch(refresh);
 
-  /** Puts a text there for the reader to send. */
-  return (text) => {
+  const put = (text) => {
     area.value = text;
     refresh();
     area.focus();
   };
+  const insert = (text) => put(area.value && !area.value.endsWith("\n") ? `${area.value}\n${text}` : area.value + text);
+  return { propose: put, insert };
 }

@@ -2,9 +2,11 @@
 
 import { copyButton } from "../core/clipboard.js";
 import { el, iconButton } from "../core/dom.js";
-import { t } from "../core/language.js";
+import { say, t } from "../core/language.js";
 import { MarkdownView } from "../markdown/view.js";
 import { TokensView } from "../experts/tokens.js";
+import { facts } from "./facts.js";
+import { PlainView } from "./plain.js";
 import { problem } from "./problem.js";
 
 /** The views of a message; `actions` are the session's and the transcript's: see transcript.js. */
@@ -19,11 +21,16 @@ class QuestionView {
     this.foot = el("div", { className: "actions" });
     this.body = el("div", { className: "bubble" }, message.content);
     this.node = el("li", { className: "question", data: { message: message.id } });
-    this.node.append(el("span", { className: "unseen", t: "you" }), this.body, this.foot);
+    this.edge = el("div");
+    this.node.append(this.edge, el("span", { className: "unseen", t: "you" }), this.body, this.foot);
   }
 
-  update({ busy, siblings }) {
+  /** `first` says that the turns before this one are left out, `out` that this one is; `plain` shows it as code. */
+  update({ busy, siblings, plain, first, out }) {
     const { message, actions } = this;
+    this.body.classList.toggle("plain", plain);
+    this.node.classList.toggle("left-out", out);
+    this.edge.replaceChildren(...(first ? [edge(actions, busy)] : []));
     const edit = iconButton("edit", "edit", () => this.#edit(), { disabled: busy });
     this.foot.replaceChildren(...branches(message, siblings, actions, busy), copyButton(() => message.content), edit);
   }
@@ -64,10 +71,23 @@ class QuestionView {
   }
 }
 
+/** The line between the turns that are left out and those that the model is sent. */
+function edge(actions, busy) {
+  const back = el("button", { type: "button", className: "quiet", t: "takeBack", disabled: busy });
+  back.addEventListener("click", actions.takeBack);
+  return el("p", { className: "edge" }, el("span", { t: "leftOut" }), back);
+}
+
 /** Whether a key sends: Enter alone, and not the one that ends the spelling of a Chinese word. */
 export function submits(event) {
   return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
 }
+
+const VIEWS = {
+  tokens: (message) => new TokensView(message),
+  plain: () => new PlainView(),
+  prose: () => new MarkdownView(),
+};
 
 class AnswerView {
   constructor(message, actions) {
@@ -82,18 +102,39 @@ class AnswerView {
   }
 
   /**
-   * Shows the answer as `chat` or as `experts`. `siblings` are the answers to the same question; while the session is
+   * Shows the answer as `chat` or as `experts`; in a chat `plain` is the text as it is, else Markdown. `siblings` are the answers to the same question; while the session is
    * `busy` nothing else can be asked.
    */
-  update({ view, busy, siblings, last }) {
-    if (view !== this.view) {
-      this.view = view;
+  update({ view, busy, siblings, last, plain, out }) {
+    this.kind = view === "experts" && this.message.routing ? "tokens" : (this.chosen ?? plain) ? "plain" : "prose";
+    this.node.classList.toggle("left-out", out);
+    this.body.classList.toggle("plain", plain);
+    this.#show();
+    this.#after(busy, siblings, last);
+  }
+
+  #show() {
+    if (this.kind !== this.shown) {
+      this.shown = this.kind;
       this.close();
-      this.content = view === "experts" && this.message.routing ? new TokensView(this.message) : new MarkdownView();
+      this.content = VIEWS[this.kind](this.message);
       this.body.replaceChildren(this.content.node);
     }
     this.grow();
-    this.#after(busy, siblings, last);
+  }
+
+  /** Shows the text as it is, or as Markdown, until the conversation is left. */
+  #switch() {
+    this.chosen = this.kind !== "plain";
+    this.kind = this.chosen ? "plain" : "prose";
+    this.#show();
+    say(this.foot.querySelector(".as"), "t", this.chosen ? "asMarkdown" : "asText");
+  }
+
+  #switchButton() {
+    if (this.kind === "tokens" || !this.message.content) return [];
+    const name = this.kind === "plain" ? "asMarkdown" : "asText";
+    return [el("button", { type: "button", className: "quiet as", t: name, on: { click: () => this.#switch() } })];
   }
 
   /** Called when it is shown no more. */
@@ -120,6 +161,8 @@ class AnswerView {
       ...branches(message, siblings, actions, busy),
       ...(message.content ? [copyButton(() => message.content)] : []),
       iconButton("again", "regenerate", () => actions.regenerate(message), { disabled: busy }),
+      ...this.#switchButton(),
+      facts(message) ?? "",
     );
   }
 }

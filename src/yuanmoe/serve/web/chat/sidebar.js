@@ -1,23 +1,47 @@
-// The list of conversations: open, rename, delete with a way back, export and import; and the choices of the page.
+// The side of the page: the list of conversations, export and import, and the choices of the page.
 
 import { toast } from "../core/announce.js";
-import { byId, el, iconButton } from "../core/dom.js";
-import { language, t } from "../core/language.js";
+import { byId, el } from "../core/dom.js";
+import { has, language, t } from "../core/language.js";
+import { remember, remembered } from "../core/remembered.js";
 import { theme } from "../core/theme.js";
+import { startList } from "./list.js";
 
+/** Returns what the keyboard does with it: {search, create, list}. */
 export function startSidebar(session) {
   const drawer = startDrawer("sidebar", "open-sidebar", "close-sidebar", "scrim");
-  byId("new-conversation").addEventListener("click", () => {
+  const create = () => {
     session.create();
     drawer.close();
     byId("question").focus();
-  });
-  startFiles(session);
+  };
+  byId("new-conversation").addEventListener("click", create);
+  startExchange(session);
   startChoices();
-  const show = () => showList(session, drawer);
+  const show = startList(session, () => drawer.close());
   session.heads.watch(show);
   session.current.watch(show);
   language.watch(show);
+  const fold = startFolding();
+  const list = () => (isDrawer() ? drawer.toggle() : fold());
+  const search = () => {
+    if (isDrawer()) drawer.open();
+    else fold(false);
+    byId("search").select();
+  };
+  return { search, create, list };
+}
+
+const isDrawer = () => byId("open-sidebar").checkVisibility();
+
+/** Where there is room for the list it can be folded away; it stays so at the next visit. */
+function startFolding() {
+  const fold = (away = !document.body.classList.contains("folded")) => {
+    document.body.classList.toggle("folded", away);
+    remember("folded", away);
+  };
+  fold(remembered("folded") ?? false);
+  return fold;
 }
 
 /** A part of the page that slides in where it is narrow; Escape and the scrim close it. */
@@ -33,10 +57,11 @@ export function startDrawer(id, openId, closeId, scrimId) {
     set(false);
     opener.focus();
   };
-  opener.addEventListener("click", () => {
+  const open = () => {
     set(true);
     closer.focus();
-  });
+  };
+  opener.addEventListener("click", open);
   closer.addEventListener("click", close);
   if (scrimId) byId(scrimId).addEventListener("click", close);
   const escape = (event) => {
@@ -46,56 +71,11 @@ export function startDrawer(id, openId, closeId, scrimId) {
     close();
   };
   document.addEventListener("keydown", escape, { capture: true });
-  return { close };
+  const toggle = () => (document.body.classList.contains(`${id}-open`) ? close() : open());
+  return { open, close, toggle };
 }
 
-function showList(session, drawer) {
-  const shown = session.current.value.head.id;
-  byId("title").textContent = session.current.value.head.title || t("newConversation");
-  byId("conversations").replaceChildren(...session.heads.value.map((head) => entry(session, head, shown, drawer)));
-}
-
-function entry(session, head, shown, drawer) {
-  const open = el("button", { type: "button", className: "title", title: head.title }, head.title || t("untitled"));
-  if (head.id === shown) open.setAttribute("aria-current", "true");
-  open.addEventListener("click", () => {
-    session.open(head.id);
-    drawer.close();
-  });
-  const item = el("li", { data: { conversation: head.id } }, open);
-  const remove = async () => {
-    const restore = await session.remove(head.id);
-    toast(t("deleted", { title: head.title }), { label: t("undo"), run: restore });
-  };
-  item.append(iconButton("edit", "rename", () => rename(session, head, item)), iconButton("delete", "delete", remove));
-  return item;
-}
-
-function rename(session, head, item) {
-  const input = el("input", { value: head.title, label: "renameTo", maxLength: 200 });
-  const children = [...item.children];
-  let done = false;
-  const end = (keep) => {
-    if (done) return;
-    done = true;
-    if (keep && input.value.trim()) session.rename(head.id, input.value.trim());
-    else item.replaceChildren(...children);
-  };
-  input.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.isComposing) end(true);
-    else if (event.key === "Escape") {
-      event.preventDefault();
-      event.stopPropagation();
-      end(false);
-      children[1].focus();
-    }
-  });
-  input.addEventListener("blur", () => end(true));
-  item.replaceChildren(input);
-  input.select();
-}
-
-function startFiles(session) {
+function startExchange(session) {
   const file = byId("import-file");
   byId("export").addEventListener("click", async () => {
     const address = URL.createObjectURL(new Blob([await session.export()], { type: "application/json" }));
@@ -107,7 +87,7 @@ function startFiles(session) {
     try {
       toast(t("imported", { count: await session.import(await file.files[0].text()) }));
     } catch (error) {
-      toast(t("importFailed", { reason: error.message }));
+      toast(t("importFailed", { reason: t(has(`file.${error.code}`) ? `file.${error.code}` : "file.broken") }));
     }
     file.value = "";
   });

@@ -12,6 +12,8 @@ export class Transcript {
   #views = new Map();
   #conversation = null;
   #wasWriting = false;
+  /** Whether the end was in sight when the page was last shown or scrolled. */
+  #atEnd = true;
 
   /** `view` is the signal of what is shown, chat or experts; `actions` what the buttons of messages call. */
   constructor(session, view, actions) {
@@ -23,7 +25,13 @@ export class Transcript {
     session.current.watch(() => this.#show());
     session.info.watch(() => this.#show());
     session.touched.watch(() => this.grow());
-    view.watch(() => this.#show());
+    view.watch(() => {
+      // The other view has other heights; whoever saw the end sees it there too.
+      const follow = this.#atEnd;
+      this.#show();
+      if (follow) this.#scrollToEnd();
+      this.#offerEnd();
+    });
     language.watch(() => this.#show());
     this.scroller.addEventListener("scroll", () => this.#offerEnd(), { passive: true });
     this.toEnd.addEventListener("click", () => this.#scrollToEnd());
@@ -38,12 +46,17 @@ export class Transcript {
     const { writing } = this.session;
     const busy = writing || this.session.info.value === null;
     const path = conversation.path();
+    const out = path.length - conversation.sent(conversation.head.leaf).length;
+    const plain = this.session.kind === "completion";
     byId("welcome").hidden = path.length > 0;
-    for (const message of path) {
+    for (const [at, message] of path.entries()) {
       if (!this.#views.has(message.id)) this.#views.set(message.id, messageView(message, this.actions));
       const siblings = conversation.siblings(message);
       const last = message === path.at(-1);
-      this.#views.get(message.id).update({ view: this.view.value, busy, siblings, last });
+      this.#views.get(message.id).update({
+        ...{ view: this.view.value, busy, siblings, last, plain },
+        ...{ out: at < out, first: out > 0 && at === out },
+      });
     }
     this.#place(path.map(({ id }) => this.#views.get(id).node));
     if (this.#wasWriting && !writing && !another) announce(t("answerEnded"));
@@ -84,6 +97,8 @@ export class Transcript {
   }
 
   #offerEnd() {
-    this.toEnd.hidden = this.#nearEnd();
+    // An empty conversation has no end to go to.
+    this.#atEnd = this.#nearEnd();
+    this.toEnd.hidden = this.list.childElementCount === 0 || this.#atEnd;
   }
 }

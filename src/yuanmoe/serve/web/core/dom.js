@@ -23,6 +23,8 @@ function set(node, name, value) {
 
 export const byId = (id) => document.getElementById(id);
 
+/** Beside this module, whose path names the version of the page. */
+const ICONS = new URL("../icons.svg", import.meta.url).pathname;
 const SVG = "http://www.w3.org/2000/svg";
 
 /** One of the drawings of icons.svg, for the eye only. */
@@ -30,7 +32,7 @@ export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("aria-hidden", "true");
   const use = document.createElementNS(SVG, "use");
-  use.setAttribute("href", `icons.svg#${name}`);
+  use.setAttribute("href", `${ICONS}#${name}`);
   svg.append(use);
   return svg;
 }

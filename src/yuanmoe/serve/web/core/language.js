@@ -23,6 +23,9 @@ export function t(key, values = {}) {
   return text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
 }
 
+/** Whether there is a string of that key. */
+export const has = (key) => key in TABLES[language.value];
+
 const PLACES = {
   t: (node, text) => (node.textContent = text),
   tLabel: (node, text) => {
@@ -53,7 +56,20 @@ const formats = new Map();
 export function number(value, options = { maximumFractionDigits: 0 }) {
   const key = language.value + JSON.stringify(options);
   if (!formats.has(key)) formats.set(key, new Intl.NumberFormat(language.value, options));
-  return formats.get(key).format(value);
+  // A line may not break between a number and its unit of ten thousands.
+  return formats.get(key).format(value).replace(/(\d)(?=\p{Script=Han})/u, "$1\u2060");
+}
+
+/** The day of a time, as a heading of a list: today, yesterday, the date of this week, or the month. */
+export function day(time) {
+  const midnight = new Date().setHours(0, 0, 0, 0);
+  const ago = Math.ceil((midnight - time) / 86400000);
+  if (ago <= 1) {
+    const words = new Intl.RelativeTimeFormat(language.value, { numeric: "auto" }).format(-Math.max(ago, 0), "day");
+    return words[0].toLocaleUpperCase() + words.slice(1);
+  }
+  const options = ago < 7 ? { weekday: "long" } : { month: "long", year: "numeric" };
+  return new Intl.DateTimeFormat(language.value, options).format(time);
 }
 
 export const percent = (share, digits = 1) =>

@@ -66,6 +66,7 @@ export class HeatMap {
     const most = Math.max(...data.layers.map((_, place) => this.#most(place)), Number.MIN_VALUE);
     data.layers.forEach((each, place) => this.#row(context, each, place, most));
     this.#columnNames(context, height);
+    byId("heat-least").textContent = percent(0);
     byId("heat-most").textContent = percent(most > 1e-9 ? most : 0);
   }
 
@@ -136,7 +137,7 @@ export class HeatMap {
 
   /** The cell's layer colours the tokens, its expert stands in the light. */
   #choose() {
-    look({ place: this.#cell.place, spotlight: this.#cell.expert });
+    look({ place: this.#cell.place, spotlight: this.#cell.expert }, true);
   }
 
   #say() {

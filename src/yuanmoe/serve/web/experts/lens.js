@@ -3,11 +3,24 @@
 import { byId } from "../core/dom.js";
 import { remember, remembered } from "../core/remembered.js";
 import { signal } from "../core/signal.js";
+import { balance, rowsOf } from "./balance.js";
 
 /** `place` counts layers with experts; `rank` is 0, 1 or `strongest`; `spotlight` an expert or null. */
 export const lens = signal({ place: 0, rank: 0, spotlight: null });
 
-export function look(change) {
+/** Whether the reader chose a layer: then the page chooses none. */
+let chosen = false;
+
+/** The layer whose experts differ most is where there is most to see; the reader's own choice stays. */
+export function lookAtUneven({ layers, width, visits }) {
+  if (chosen || !layers.length) return;
+  const rows = rowsOf(visits, layers, width).map((row) => balance(row).maxOverMean);
+  const place = rows.indexOf(Math.max(...rows));
+  if (place !== lens.value.place) look({ place });
+}
+
+export function look(change, byReader = false) {
+  chosen ||= byReader;
   lens.value = { ...lens.value, ...change };
 }
 
@@ -40,7 +53,7 @@ export function startLens(session) {
     layer.value = place;
     byId("layer-name").textContent = session.info.value?.layers[place]?.layer ?? "";
   });
-  layer.addEventListener("input", () => look({ place: layer.valueAsNumber }));
+  layer.addEventListener("input", () => look({ place: layer.valueAsNumber }, true));
   rank.addEventListener("change", () => look({ rank: rank.value === "strongest" ? rank.value : Number(rank.value) }));
   numbers.checked = remembered("numbers") ?? false;
   const show = () => {

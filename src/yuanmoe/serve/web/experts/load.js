@@ -17,7 +17,7 @@ export class LoadView {
       const bar = event.target.closest("button");
       if (!bar) return;
       const expert = Number(bar.dataset.number);
-      look({ spotlight: lens.value.spotlight === expert ? null : expert });
+      look({ spotlight: lens.value.spotlight === expert ? null : expert }, true);
     });
   }
 
@@ -77,7 +77,7 @@ function table(data, rows) {
   const body = rows.map((row, place) => {
     const figures = written(balance(row), row.length);
     const name = String(data.layers[place].layer);
-    const choose = el("button", { type: "button", className: "quiet", on: { click: () => look({ place }) } }, name);
+    const choose = el("button", { type: "button", className: "quiet", on: { click: () => look({ place }, true) } }, name);
     const cells = FIGURES.map((figure) => el("td", {}, figures[figure]));
     return el("tr", { className: place === lens.value.place ? "chosen" : "" }, el("th", {}, choose), ...cells);
   });

@@ -4,7 +4,7 @@ import { byId, oncePerFrame } from "../core/dom.js";
 import { language, number, t } from "../core/language.js";
 import { theme } from "../core/theme.js";
 import { HeatMap } from "./heat.js";
-import { lens } from "./lens.js";
+import { lens, lookAtUneven } from "./lens.js";
 import { LoadView } from "./load.js";
 import { showMeter } from "./meter.js";
 import { Source } from "./source.js";
@@ -23,6 +23,7 @@ export function startPanel(session, view) {
     const data = source.read();
     const note = data ? `sourceNote.${source.kind.value}` : "sourceEmpty";
     byId("source-note").textContent = t(note, { tokens: number(data?.tokens ?? 0) });
+    if (data && !session.writing) lookAtUneven(data);
     heat.update(data);
     load.update(data);
     showMeter(info.value, current.value);

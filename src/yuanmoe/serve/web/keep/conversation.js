@@ -1,7 +1,8 @@
 // A conversation is a tree of messages, so that editing a question or asking again keeps what was there before.
 //
 // A message is {id, conversation, parent, role, content, created}; an answer also has `status` (writing, done, stopped,
-// dropped, failed), `finish`, `error`, `usage`, of every token `surfaces` (its text) and `logprobs`, and `routing`.
+// dropped, failed), `finish`, `error`, `usage`, `timing`, of every token `surfaces` (its text) and `logprobs`, `routing`,
+// `prompt` (tokens of what the model read before it) and `from` (the first message of that).
 
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), hex).join("");
 const hex = (byte) => byte.toString(16).padStart(2, "0");
@@ -10,7 +11,10 @@ const TITLE_LENGTH = 60;
 
 export class Conversation {
   constructor(head, messages = []) {
-    /** {id, title, created, updated, leaf, settings}: what the list of conversations needs. */
+    /**
+     * {id, title, created, updated, leaf, settings}: what the list of conversations needs; `from` is the first message
+     * that the model is sent, `fromTokens` the tokens from there on.
+     */
     this.head = head;
     this.messages = new Map(messages.map((message) => [message.id, message]));
   }
@@ -30,6 +34,13 @@ export class Conversation {
     const path = [];
     for (let at = this.messages.get(id); at; at = this.messages.get(at.parent)) path.push(at);
     return path.reverse();
+  }
+
+  /** The messages above that one, and itself, that the model is sent: those before `from` are left out. */
+  sent(id) {
+    const path = this.above(id);
+    const first = path.findIndex((message) => message.id === this.head.from);
+    return path.slice(Math.max(first, 0));
   }
 
   /** A new last message; the tree branches where `parent` had one already. */

@@ -1,6 +1,6 @@
 // How answers are asked for: the adapter, the numbers of the sampler with their ranges, the system prompt, the API key.
 // Sources: the OpenAI API, and the extensions of this server (top_k, min_p, repetition_penalty). A value that is left
-// empty is left to the server.
+// empty is what the model's card advises, or the server's default.
 
 import { remember, remembered } from "../core/remembered.js";
 
@@ -15,14 +15,17 @@ export const NUMBERS = {
   seed: { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 },
 };
 
+const KINDS = ["chat", "completion"];
+
 /** Settings of a first conversation: everything is the server's default. */
-const EMPTY = { model: null, system: "", stop: [], ...Object.fromEntries(Object.keys(NUMBERS).map((name) => [name, null])) };
+const EMPTY = { model: null, kind: null, system: "", stop: [], ...Object.fromEntries(Object.keys(NUMBERS).map((name) => [name, null])) };
 
 /** Settings from anywhere, with what is not understood left out. */
 export function sound(settings) {
   const good = { ...EMPTY };
   // The name of an adapter; without one it is the model itself.
   if (typeof settings?.model === "string" && settings.model) good.model = settings.model;
+  if (KINDS.includes(settings?.kind)) good.kind = settings.kind;
   if (typeof settings?.system === "string") good.system = settings.system;
   if (Array.isArray(settings?.stop)) good.stop = settings.stop.filter((text) => typeof text === "string" && text);
   for (const name of Object.keys(NUMBERS)) if (Number.isFinite(settings?.[name])) good[name] = settings[name];
@@ -33,10 +36,13 @@ export function sound(settings) {
 export const lastSettings = () => sound(remembered("settings"));
 export const rememberSettings = (settings) => remember("settings", settings);
 
-/** The fields of a request that these settings mean. */
-export function requestFields(settings) {
+/** The sampler's fields of a request that these settings mean, for the model that `info` describes. */
+export function requestFields(settings, info) {
   const fields = {};
-  for (const name of Object.keys(NUMBERS)) if (settings[name] !== null) fields[name] = settings[name];
+  for (const name of Object.keys(NUMBERS)) {
+    const value = settings[name] ?? (info.advised.includes(name) ? info.sampling[name] : null);
+    if (value !== null) fields[name] = value;
+  }
   if (settings.stop.length) fields.stop = settings.stop;
   return fields;
 }

@@ -46,6 +46,19 @@ export class Shelf {
     return heads.sort((one, other) => other.updated - one.updated);
   }
 
+  /** The ids of the conversations in which a text is said, in capitals or not. */
+  async mentions(text) {
+    const wanted = text.toLocaleLowerCase();
+    const found = new Set();
+    const request = this.#database.transaction("messages").objectStore("messages").openCursor();
+    // One message at a time: an answer carries the experts of all its tokens.
+    for (let cursor; (cursor = await wait(request)); cursor.continue()) {
+      const { conversation, content } = cursor.value;
+      if (content.toLocaleLowerCase().includes(wanted)) found.add(conversation);
+    }
+    return found;
+  }
+
   async read(id) {
     const transaction = this.#database.transaction(["heads", "messages"]);
     const head = wait(transaction.objectStore("heads").get(id));

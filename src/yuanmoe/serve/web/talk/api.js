@@ -5,17 +5,19 @@ import { events } from "./sse.js";
 
 /**
  * What went wrong. `kind` says what to do: `unreachable`, `key`, `busy`, `context`, `request`, `slow`, `server`;
- * `message` is the server's own words, `param` the setting they are about, `retryAfterS` when to ask again.
+ * `message` is the server's own words, `code` what they are about in one word, `param` the setting, `retryAfterS` when to
+ * ask again, `values` numbers that belong to it.
  */
 export class ServerError extends Error {
-  constructor(kind, message, { param = null, retryAfterS = null } = {}) {
+  constructor(kind, message, { code = null, param = null, retryAfterS = null, values = null } = {}) {
     super(message);
-    Object.assign(this, { kind, param, retryAfterS });
+    Object.assign(this, { kind, code, param, retryAfterS, values });
   }
 
   /** What can be kept in a conversation. */
   toJSON() {
-    return { kind: this.kind, message: this.message, param: this.param, retryAfterS: this.retryAfterS };
+    const { kind, message, code, param, retryAfterS, values } = this;
+    return { kind, message, code, param, retryAfterS, values };
   }
 }
 
@@ -33,7 +35,8 @@ export function errorOf(body, status = 500, retryAfter = null) {
   const error = body?.error ?? {};
   const retryAfterS = retryAfter === null ? null : Number(retryAfter);
   const message = error.message ?? `HTTP ${status}`;
-  return new ServerError(kindOf(status, error.code, retryAfterS), message, { param: error.param ?? null, retryAfterS });
+  const { code = null, param = null } = error;
+  return new ServerError(kindOf(status, code, retryAfterS), message, { code, param, retryAfterS });
 }
 
 async function request(path, body, signal) {
@@ -44,7 +47,7 @@ async function request(path, body, signal) {
     response = await fetch(path, { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal });
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw new ServerError("unreachable", String(error.message ?? error));
+    throw new ServerError("unreachable", "");
   }
   if (response.ok) return response;
   const said = await response.json().catch(() => null);
@@ -69,9 +72,9 @@ export async function* stream(path, body, signal) {
     }
   } catch (error) {
     if (error instanceof ServerError || signal.aborted) throw error;
-    throw new ServerError("dropped", String(error.message ?? error));
+    throw new ServerError("dropped", "");
   }
-  if (!done) throw new ServerError("dropped", "the stream ended before the answer did");
+  if (!done) throw new ServerError("dropped", "");
 }
 
 /** An error on the way has no status of its own; its type stands for one. */

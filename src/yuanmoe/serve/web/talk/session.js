@@ -7,6 +7,8 @@ import { fromFile, toFile } from "../keep/file.js";
 import { lastSettings, rememberSettings } from "../keep/settings.js";
 import { Shelf } from "../keep/shelf.js";
 import { Routing } from "../experts/routing.js";
+import { kindOf, promptIds } from "./prompt.js";
+import { answerLimit, firstThatFits, LEAST_ROOM, roomAfter, takenBy } from "./room.js";
 import { emptyAnswer, Writer } from "./writer.js";
 
 const SAVE_MS = 2000;
@@ -79,6 +81,54 @@ export class Session {
     this.#answer(this.current.value, this.current.value.add(question.parent, "user", text));
   }
 
+  /** `chat`, or `completion` where the model continues texts. */
+  get kind() {
+    return kindOf(this.info.value, this.current.value.head.settings);
+  }
+
+  /** {full, older}: whether nothing fits after that answer, and whether there are older turns to leave out. */
+  room(answer) {
+    const info = this.info.value;
+    const older = this.current.value.sent(answer.parent).filter(({ role }) => role === "user").length > 1;
+    return { full: info !== null && Boolean(answer.prompt) && roomAfter(info, takenBy(answer)) < LEAST_ROOM, older };
+  }
+
+  /** Leaves the oldest turns before a message out of what the model is sent, until half of the context is free. */
+  async leaveOut(id) {
+    const conversation = this.current.value;
+    const { head } = conversation;
+    const turns = conversation.sent(id);
+    const starts = turns.flatMap(({ role }, at) => (role === "user" ? [at] : []));
+    if (starts.length < 2) return;
+    const count = async (at) => (await promptIds(this.info.value, head.settings, turns.slice(starts[at]))).length;
+    const first = await firstThatFits(starts.length, answerLimit(this.info.value), count);
+    Object.assign(head, { from: turns[starts[first]].id, fromTokens: await count(first) });
+    this.#save(conversation);
+    this.current.changed();
+  }
+
+  /** Sends the whole conversation again. */
+  takeBack() {
+    Object.assign(this.current.value.head, { from: null, fromTokens: null });
+    this.#save(this.current.value);
+    this.current.changed();
+  }
+
+  /** Asks again: in the place of an answer of which nothing came, beside one that began. */
+  retry(answer) {
+    if (answer.content) this.regenerate(answer);
+    else this.write(answer);
+  }
+
+  /** The ids of conversations with a text in their title or their messages. */
+  async find(text) {
+    const wanted = text.toLocaleLowerCase();
+    const named = this.heads.value.filter(({ title }) => title.toLocaleLowerCase().includes(wanted));
+    const found = (await this.#shelf?.mentions(text)) ?? new Set();
+    for (const { id } of named) found.add(id);
+    return found;
+  }
+
   /** Another answer to the same question. */
   regenerate(answer) {
     const conversation = this.current.value;
@@ -123,6 +173,7 @@ export class Session {
     head.settings = settings;
     rememberSettings(settings);
     if (messages.size) this.#save(this.current.value);
+    this.current.changed();
   }
 
   async rename(id, title) {
@@ -200,4 +251,5 @@ const plain = (message) => ({ ...message, routing: message.routing?.toJSON() ?? 
 function revive(message) {
   if (message.routing) message.routing = Routing.from(message.routing);
   if (message.status === "writing") message.status = "dropped";
+  if (message.role === "assistant") message.timing ??= { firstS: null, writeS: 0, tokens: 0 };
 }

@@ -7,10 +7,14 @@ import { Routing } from "../experts/routing.js";
 import { requestFields } from "../keep/settings.js";
 import { post, ServerError, stream } from "./api.js";
 import { readChunk } from "./chunk.js";
+import { chatMessages, kindOf, promptIds } from "./prompt.js";
+import { answerLimit, LEAST_ROOM, roomAfter } from "./room.js";
 
 export class Writer {
   #abort = new AbortController();
   #decoder = new TextDecoder();
+  #began = 0;
+  #first = null;
 
   /** `changed` is called after every chunk and at the end. */
   constructor({ info, conversation, message, changed }) {
@@ -27,39 +31,38 @@ export class Writer {
     Object.assign(message, { status: "writing", finish: null, error: null });
     message.routing?.resumeAt(message.surfaces.length);
     try {
-      const [path, body] = message.content ? await this.#continuation() : this.#question();
-      const chunks = stream(path, { ...body, ...this.#common() }, this.#abort.signal);
-      for await (const chunk of chunks) this.#take(readChunk(chunk));
+      const [path, body] = await this.#request();
+      this.#began = performance.now();
+      for await (const chunk of stream(path, body, this.#abort.signal)) this.#take(readChunk(chunk));
       message.status = "done";
     } catch (error) {
       this.#ended(error);
     }
+    this.#countWhatEnded();
     this.changed();
-    if (message.status !== "done" && message.content) await this.#countPrompt();
   }
 
-  #messages() {
-    const { system } = this.conversation.head.settings;
-    const turns = this.conversation.above(this.message.parent).filter(({ content }) => content);
-    const said = turns.map(({ role, content }) => ({ role, content }));
-    return system.trim() ? [{ role: "system", content: system }, ...said] : said;
-  }
-
-  #question() {
-    return ["v1/chat/completions", { messages: this.#messages(), logprobs: true }];
-  }
-
-  /** The conversation and what was said so far, as the tokens that a plain completion goes on from. */
-  async #continuation() {
-    const asked = await post("tokenize", { messages: this.#messages() });
-    const said = await post("tokenize", { prompt: this.message.content });
-    return ["v1/completions", { prompt: [...asked.tokens, ...said.tokens], max_tokens: null, logprobs: 0 }];
-  }
-
-  #common() {
-    const { model, layers } = this.info;
-    const { settings } = this.conversation.head;
-    return { model: settings.model ?? model, routing: layers.length > 0, ...requestFields(settings) };
+  /** Path and body of the request: its tokens are counted first, so that the answer asked for fits the context. */
+  async #request() {
+    const { info, message, conversation } = this;
+    const { settings, from } = conversation.head;
+    const turns = conversation.sent(message.parent);
+    const asked = await promptIds(info, settings, turns);
+    const said = message.content ? (await post("tokenize", { prompt: message.content })).tokens : [];
+    Object.assign(message, { prompt: asked.length, from: from ?? null });
+    const tokens = asked.length + said.length;
+    const room = roomAfter(info, tokens);
+    if (room < LEAST_ROOM) throw new ServerError("context", "", { values: { tokens, limit: info.context } });
+    const common = {
+      model: info.adapters.includes(settings.model) ? settings.model : info.model,
+      routing: info.layers.length > 0,
+      ...requestFields(settings, info),
+      max_tokens: Math.min(settings.max_tokens ?? answerLimit(info), room),
+    };
+    if (kindOf(info, settings) === "completion" || message.content) {
+      return ["v1/completions", { ...common, prompt: [...asked, ...said], logprobs: 0 }];
+    }
+    return ["v1/chat/completions", { ...common, messages: chatMessages(settings, turns), logprobs: true }];
   }
 
   #take({ text, tokens, routing, finish, usage }) {
@@ -69,10 +72,23 @@ export class Writer {
       message.surfaces.push(this.#decoder.decode(bytes, { stream: true }));
       message.logprobs.push(logprob);
     }
+    if (tokens.length) this.#time(tokens.length);
     if (routing) message.routing.append(routing);
     message.finish ??= finish;
     if (usage) addUsage(message.usage, usage);
     this.changed();
+  }
+
+  /** Seconds to the first token, and of the tokens after it; a continued answer adds to what it had. */
+  #time(tokens) {
+    const { timing } = this.message;
+    const now = performance.now();
+    if (this.#first === null) timing.firstS ??= (now - this.#began) / 1000;
+    else {
+      timing.tokens += tokens;
+      timing.writeS += (now - this.#first) / 1000;
+    }
+    this.#first = now;
   }
 
   #ended(error) {
@@ -85,17 +101,12 @@ export class Writer {
     } else throw error;
   }
 
-  /** An answer that did not end has no usage: its prompt is counted, and its tokens were. */
-  async #countPrompt() {
-    const { usage, surfaces } = this.message;
+  /** An answer that was cut off has no usage: its prompt is known, and its tokens were counted. */
+  #countWhatEnded() {
+    const { status, content, usage, prompt, surfaces } = this.message;
+    if (status === "done" || !content) return;
     usage.written = surfaces.length;
-    try {
-      usage.read ||= (await post("tokenize", { messages: this.#messages() })).tokens.length;
-    } catch (error) {
-      if (!(error instanceof ServerError)) throw error;
-      // The meter goes without this prompt.
-    }
-    this.changed();
+    usage.read ||= prompt;
   }
 }
 
@@ -109,5 +120,6 @@ function addUsage(total, usage) {
 export function emptyAnswer(info) {
   const routing = info.layers.length ? new Routing(info) : null;
   const usage = { read: 0, written: 0 };
-  return { status: "writing", finish: null, error: null, usage, surfaces: [], logprobs: [], routing };
+  const timing = { firstS: null, writeS: 0, tokens: 0 };
+  return { status: "writing", finish: null, error: null, usage, timing, surfaces: [], logprobs: [], routing };
 }
