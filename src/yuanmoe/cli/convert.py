@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from yuanmoe.cli.terminal.models import Checkpoint
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.units import format_size, parse_size
 
@@ -27,6 +27,7 @@ def convert(
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="Go on where config keys or tensors are unknown.")
     ] = False,
+    json_only: Json = False,
 ) -> None:
     """Write a checkpoint in another layout. Interrupted, it goes on where it was when called again."""
     from yuanmoe.checkpoint.formats.native_config import parse_dtype
@@ -58,7 +59,8 @@ def convert(
             "shards": written.shards,
             "resumed_shards": written.resumed_shards,
             "seconds": round(seconds, 3),
-        }
+        },
+        json_only,
     )
 
 
@@ -67,6 +69,7 @@ def verify(
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="Go on where config keys or tensors are unknown.")
     ] = False,
+    json_only: Json = False,
 ) -> None:
     """Check that a checkpoint is whole: names, shapes and dtypes, and the sha256 of the files that we wrote."""
     from yuanmoe.checkpoint.write.verify import verify_checkpoint
@@ -83,5 +86,6 @@ def verify(
             "tensors": found.tensors,
             "bytes": found.nbytes,
             "hashed_bytes": found.hashed_bytes,
-        }
+        },
+        json_only,
     )

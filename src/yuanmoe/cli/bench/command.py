@@ -10,7 +10,7 @@ import typer
 
 from yuanmoe.cli.bench.view import print_decode, print_phase
 from yuanmoe.cli.terminal.models import QuantizedModel
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def layers(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Threads = 0,
     peer: Annotated[bool, typer.Option(help="Run transformers' Mixtral of the same sizes beside.")] = True,
+    json_only: Json = False,
 ) -> None:
     """Prefill and single-token decode of a few layers at full width, side by side with transformers' Mixtral.
 
@@ -74,9 +75,9 @@ def layers(
         bytes_per_s = result["decode_bytes"] / result["decode"]["yuanmoe"]["median_s"]
         result["decode"]["share_of_read_bandwidth"] = bytes_per_s / bandwidth.median
     result |= {"preset": preset, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for phase in ("prefill", "decode"):
+    for phase in () if json_only else ("prefill", "decode"):
         print_phase(console, phase, result)
-    print_result(result)
+    print_result(result, json_only)
 
 
 @bench.command()
@@ -95,7 +96,7 @@ def decode(
     runs: Runs = 5,
     threads: Threads = 0,
     peer: Annotated[bool, typer.Option(help="Measure torch's int4 products of the same shapes beside.")] = True,
-    json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
+    json_only: Json = False,
 ) -> None:
     """Decoding and prefill of a whole quantized model, beside this machine's read bandwidth and 8-bit arithmetic.
 
@@ -146,7 +147,7 @@ def decode(
     }
     if not json_only:
         print_decode(console, result)
-    print_result(result)
+    print_result(result, json_only)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
