@@ -17,6 +17,7 @@ from small_adapters import adapted
 from small_lm import lm_config
 from small_models import random_model
 from small_tokenizers import bpe
+from yuanmoe.bench.record import BEGIN, END
 from yuanmoe.checkpoint.adapters.adapter import save_adapter
 from yuanmoe.checkpoint.write.save import save_native
 from yuanmoe.cli.examples import EXAMPLES
@@ -47,8 +48,9 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the examples name."""
     folder = tmp_path_factory.mktemp("examples")
-    (folder / "README.md").write_text("A text about models, to look at and to learn from.\n" * 20)
+    (folder / "README.md").write_text("A text about models, to look at and to learn from.\n" * 20 + f"{BEGIN}\n{END}\n")
     (folder / "src").mkdir()
+    (folder / "docs" / "measurements").mkdir(parents=True)
     for place in range(60):
         (folder / "src" / f"part{place}.py").write_text(f"def number_{place}():\n    return {place}\n" * 8)
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 64, "moe_intermediate_size": 64}

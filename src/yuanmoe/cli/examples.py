@@ -24,6 +24,7 @@ EXAMPLES = {
     "bench": "yuanmoe bench layers --preset small --layers 2",
     "bench layers": "yuanmoe bench layers --preset small --layers 2 --prompt-tokens 64",
     "bench decode": "yuanmoe bench decode --model small --contexts 16,256 --prompts 32",
+    "bench table": "yuanmoe bench table README.md --measurements docs/measurements",
     "train": "yuanmoe train small --data tokens --out runs/first --set schedule.max_tokens=4096",
     "adapter": "yuanmoe adapter show my-adapter",
     "adapter show": "yuanmoe adapter show my-adapter",
