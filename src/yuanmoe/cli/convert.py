@@ -78,7 +78,9 @@ def verify(
     with bytes_progress(path.name) as progress:
         found = verify_checkpoint(path, ignore_unknown=ignore_unknown, progress=progress)
     hashed = f"sha256 of {format_size(found.hashed_bytes)} as written" if found.hashed_bytes else "no sums to compare"
-    console.print(f"{path}: {found.format}, {found.tensors} tensors, {format_size(found.nbytes)}, {hashed}")
+    console.print(
+        f"{path}: {found.format}, {found.tensors} tensors, {format_size(found.nbytes)}, {hashed}", soft_wrap=True
+    )
     print_result(
         {
             "path": str(path),

@@ -200,7 +200,7 @@ def _checkpoint(path: Path) -> _Subject:
 
     source = open_checkpoint(path)
     if source.precision is None:
-        raise UsageError(f"{path} is not quantized; write it in few bits first: yuanmoe quantize {path} NEW --bits 4")
+        raise UsageError(f"{path} is not quantized; quantize it first: yuanmoe quantize {path} NEW --bits 4")
     return _Subject(config=source.config, precision=source.precision, build=lambda: load_model(path))
 
 
