@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-# make's output is the project's own: pip neither greets nor advertises itself.
+# make's output is the project's own: pip neither advertises itself nor comments on the user that runs it.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+export PIP_NO_PYTHON_VERSION_WARNING := 1
 
 .PHONY: demo test test-all check format setup clean docs wheel arm64
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""`yuanmoe demo` as people run it: every stage, a second run that reuses them, and the commands that it names."""
+"""`yuanmoe demo` as people run it; with `--train` every stage, a second run that reuses them; the commands it names."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def run(*command, cwd):
 
 def demo(folder, *options):
     """What people saw, and the JSON of the last line."""
-    done = run(sys.executable, "-m", "yuanmoe", "demo", *SMALL, *options, cwd=folder)
+    done = run(sys.executable, "-m", "yuanmoe", "demo", "--train", *SMALL, *options, cwd=folder)
     return done.stderr, json.loads(done.stdout.splitlines()[-1])
 
 
@@ -90,8 +90,40 @@ def test_a_second_run_reuses_everything_and_a_changed_setting_only_what_is_befor
 def test_the_commands_it_names_work(first):
     folder, seen, _ = first
     commands = [shlex.split(line) for line in seen.split("Next\n")[1].splitlines()]
-    assert [command[3] for command in commands] == ["generate", "generate", "inspect", "plan"]
+    assert [command[3] for command in commands] == ["generate", "inspect", "plan"]
     for interpreter, *arguments in commands:
         assert interpreter == os.path.basename(sys.executable)
         assert run(sys.executable, *arguments, cwd=folder).stdout
     assert (folder / "demo" / "experts.html").is_file()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The demo alone: no training."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = run(sys.executable, "-m", "yuanmoe", "demo", cwd=folder)
+    return folder, done.stderr, json.loads(done.stdout)
+
+
+def test_the_demo_alone_answers_and_leaves_nothing(plain):
+    folder, seen, result = plain
+    assert [each["prompt"] for each in result["shipped"]]
+    assert all(each["text"].strip().splitlines()[0] in seen for each in result["shipped"])
+    assert result.keys() == {"command", "shipped"}
+    assert list(folder.iterdir()) == []
+
+
+def test_the_demo_alone_names_three_commands_that_work(plain, tmp_path):
+    commands = [shlex.split(line) for line in plain[1].split("Next\n")[1].splitlines()]
+    assert [command[3] for command in commands] == ["generate", "inspect", "demo"]
+    assert commands[-1][3:] == ["demo", "--train"]
+    for _, *arguments in commands[:-1]:
+        assert run(sys.executable, *arguments, cwd=tmp_path).stdout
+    assert (tmp_path / "experts.html").is_file()
+
+
+def test_options_of_the_training_need_it(tmp_path):
+    command = (sys.executable, "-m", "yuanmoe", "demo", "--seconds", "5")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--seconds is about training a model; add --train" in done.stderr

@@ -16,7 +16,7 @@ TRAINING = " tokens, loss "
 
 
 def start(folder, *options):
-    command = [sys.executable, "-m", "yuanmoe", "demo", "--corpus-size", "400KB", *options]
+    command = [sys.executable, "-m", "yuanmoe", "demo", "--train", "--corpus-size", "400KB", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

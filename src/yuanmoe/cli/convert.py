@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from yuanmoe.cli.terminal.models import Checkpoint
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.units import format_size, parse_size
 
@@ -27,6 +27,7 @@ def convert(
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="Go on where config keys or tensors are unknown.")
     ] = False,
+    json_only: Json = False,
 ) -> None:
     """Write a checkpoint in another layout. Interrupted, it goes on where it was when called again."""
     from yuanmoe.checkpoint.formats.native_config import parse_dtype
@@ -58,7 +59,8 @@ def convert(
             "shards": written.shards,
             "resumed_shards": written.resumed_shards,
             "seconds": round(seconds, 3),
-        }
+        },
+        json_only,
     )
 
 
@@ -67,6 +69,7 @@ def verify(
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="Go on where config keys or tensors are unknown.")
     ] = False,
+    json_only: Json = False,
 ) -> None:
     """Check that a checkpoint is whole: names, shapes and dtypes, and the sha256 of the files that we wrote."""
     from yuanmoe.checkpoint.write.verify import verify_checkpoint
@@ -75,7 +78,9 @@ def verify(
     with bytes_progress(path.name) as progress:
         found = verify_checkpoint(path, ignore_unknown=ignore_unknown, progress=progress)
     hashed = f"sha256 of {format_size(found.hashed_bytes)} as written" if found.hashed_bytes else "no sums to compare"
-    console.print(f"{path}: {found.format}, {found.tensors} tensors, {format_size(found.nbytes)}, {hashed}")
+    console.print(
+        f"{path}: {found.format}, {found.tensors} tensors, {format_size(found.nbytes)}, {hashed}", soft_wrap=True
+    )
     print_result(
         {
             "path": str(path),
@@ -83,5 +88,6 @@ def verify(
             "tensors": found.tensors,
             "bytes": found.nbytes,
             "hashed_bytes": found.hashed_bytes,
-        }
+        },
+        json_only,
     )

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from yuanmoe.cli.examples import EXAMPLES
 from yuanmoe.errors import UsageError, YuanError
 
 COMMANDS = {
@@ -32,7 +33,7 @@ COMMANDS = {
     "bench": ("bench.command", "Measure speed side by side with transformers."),
     "train": ("train.command", "Train a model: from random weights or from a checkpoint."),
     "adapter": ("train.adapter", "Look at what LoRA learned, merge it into weights, export it."),
-    "demo": ("demo.command", "Train a small model here and let it complete code."),
+    "demo": ("demo.command", "Let the small model complete code; train one of your own."),
 }
 """Command: module of this folder, line of help."""
 
@@ -66,11 +67,24 @@ def load_command(name: str) -> Any:
     module, help_line = COMMANDS[name]
     command = getattr(import_module(f"yuanmoe.cli.{module}"), name.replace("-", "_"))
     if isinstance(command, typer.Typer):  # a family with commands of its own
-        return typer.main.get_command(command)
+        return _with_examples(name, typer.main.get_command(command))
     # Plain help: rich's takes a third of the time in which the answer should be there.
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name, short_help=help_line)(command)
-    return typer.main.get_command(single)
+    return _with_examples(name, typer.main.get_command(single))
+
+
+def _with_examples(name: str, command: Any) -> Any:
+    """The command with an example at the end of its help, and of that of each command inside."""
+    command.epilog = _example(name)
+    for inner, each in getattr(command, "commands", {}).items():
+        each.epilog = _example(f"{name} {inner}")
+    return command
+
+
+def _example(name: str) -> str:
+    # After this mark lines stay as they are.
+    return f"\b\nExample:\n  {EXAMPLES[name]}"
 
 
 def _fail(error: YuanError) -> NoReturn:
@@ -103,6 +117,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Yuan 2.0-M32 and its family on your machine.",
+    epilog=_example(""),
 )
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from yuanmoe.cli.terminal.models import Device, Dtype, KvDtype, OptionalModel, Threads, model_or_shipped
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.cost import forward_flops
 from yuanmoe.plan.device.machine import limits_in_words, measure_matmul, read_machine
@@ -59,6 +59,7 @@ def serve(
         list[str] | None, typer.Option(metavar="ORIGIN", help="Web pages that may call from elsewhere; repeatable.")
     ] = None,
     drain: Annotated[int, typer.Option(min=0, help="Seconds that answers may take to finish at the end.")] = 30,
+    json_only: Json = False,
 ) -> None:
     """Serve a model to many at once: an OpenAI endpoint, and a page. Ctrl-C ends it, answers first; twice, at once."""
     from yuanmoe.checkpoint.card import read_card
@@ -91,7 +92,7 @@ def serve(
         launched = launch(lm, settings, adapters)
         del adapters  # the model has copies of their factors
         bound.listen()
-        _greet(console, launched, url(bound), access)
+        _greet(console, launched, url(bound), access, json_only)
         launched.server.run(sockets=[bound])
     _end(console, launched)
 
@@ -158,7 +159,7 @@ def _access(
     )
 
 
-def _greet(console: Console, launched: "Launched", address: str, access: "Access") -> None:
+def _greet(console: Console, launched: "Launched", address: str, access: "Access", json_only: bool) -> None:
     """Says where the server is, what fits, and how to ask; a program reads the URL on stdout."""
     service = launched.service
     contexts = service.cache_tokens / service.config.max_position_embeddings
@@ -182,7 +183,7 @@ def _greet(console: Console, launched: "Launched", address: str, access: "Access
     asking = f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
     console.print(f"try:\n  {asking}\nCtrl-C ends it", soft_wrap=True, markup=False)
     result = {"command": "serve", "url": address, "model": service.model_id, "cache_tokens": service.cache_tokens}
-    print_result(result | {"adapters": list(service.adapters)})
+    print_result(result | {"adapters": list(service.adapters)}, json_only)
 
 
 def _end(console: Console, launched: "Launched") -> None:
@@ -205,6 +206,7 @@ def api_key(
     file: Annotated[Path, typer.Option(metavar="FILE", help="Where its hash is added; made if it is not there.")],
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of this key.")] = None,
     max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests of this key at once.")] = None,
+    json_only: Json = False,
 ) -> None:
     """Make an API key: its hash is added to a file for `yuanmoe serve`, the key itself is shown this once."""
     from yuanmoe.serve.core.keys import entry_line, new_key, read_keys
@@ -220,4 +222,6 @@ def api_key(
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}; name another with --file") from error
     print(f"the key of {name}, shown this once; {file} holds only its hash", file=sys.stderr)
-    print_result({"command": "api-key", "name": name, "key": key})
+    if sys.stdout.isatty() and not json_only:
+        print(key)
+    print_result({"command": "api-key", "name": name, "key": key}, json_only)

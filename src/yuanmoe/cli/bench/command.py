@@ -1,15 +1,17 @@
 """`yuanmoe bench`: how fast this machine runs a model, beside its peers and its bounds."""
 
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from yuanmoe.cli.bench.view import print_decode, print_phase
 from yuanmoe.cli.terminal.models import QuantizedModel
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +28,10 @@ bench = typer.Typer(
 )
 
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
+Record = Annotated[
+    Path | None,
+    typer.Option("--record", metavar="DIR", help="Write the result there too, with machine, date and this command."),
+]
 Runs = Annotated[int, typer.Option(min=1, help="Counted runs of each contender.")]
 
 
@@ -39,6 +45,8 @@ def layers(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Threads = 0,
     peer: Annotated[bool, typer.Option(help="Run transformers' Mixtral of the same sizes beside.")] = True,
+    record_in: Record = None,
+    json_only: Json = False,
 ) -> None:
     """Prefill and single-token decode of a few layers at full width, side by side with transformers' Mixtral.
 
@@ -73,9 +81,10 @@ def layers(
         bytes_per_s = result["decode_bytes"] / result["decode"]["yuanmoe"]["median_s"]
         result["decode"]["share_of_read_bandwidth"] = bytes_per_s / bandwidth.median
     result |= {"preset": preset, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for phase in ("prefill", "decode"):
+    for phase in () if json_only else ("prefill", "decode"):
         print_phase(console, phase, result)
-    print_result(result)
+    _record(record_in, "layers", result)
+    print_result(result, json_only)
 
 
 @bench.command()
@@ -94,7 +103,8 @@ def decode(
     runs: Runs = 5,
     threads: Threads = 0,
     peer: Annotated[bool, typer.Option(help="Measure torch's int4 products of the same shapes beside.")] = True,
-    json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
+    record_in: Record = None,
+    json_only: Json = False,
 ) -> None:
     """Decoding and prefill of a whole quantized model, beside this machine's read bandwidth and 8-bit arithmetic.
 
@@ -145,7 +155,33 @@ def decode(
     }
     if not json_only:
         print_decode(console, result)
-    print_result(result)
+    _record(record_in, "decode", result)
+    print_result(result, json_only)
+
+
+@bench.command()
+def table(
+    pages: Annotated[list[Path], typer.Argument(help="Pages with marks where the table is; *_zh in Chinese.")],
+    measurements: Annotated[Path, typer.Option(help="Folder of what was measured.")] = Path("docs/measurements"),
+    json_only: Json = False,
+) -> None:
+    """Write the table of measurements into pages, from the files that --record writes."""
+    from yuanmoe.bench.record import write_table
+
+    if not measurements.is_dir():
+        raise UsageError(f"there is no folder {measurements}; name that of the measurements with --measurements")
+    changed = [str(page) for page in pages if write_table(page, measurements)]
+    people().print(f"changed: {', '.join(changed) or 'nothing'}", soft_wrap=True, markup=False)
+    print_result({"command": "bench table", "changed": changed}, json_only)
+
+
+def _record(folder: Path | None, name: str, result: dict[str, Any]) -> None:
+    if folder is None:
+        return
+    from yuanmoe.bench.record import record
+
+    file = record(folder, name, shlex.join(["yuanmoe", *sys.argv[1:]]), result)
+    people().print(f"recorded in {file}", soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +199,7 @@ def _checkpoint(path: Path) -> _Subject:
 
     source = open_checkpoint(path)
     if source.precision is None:
-        raise UsageError(f"{path} is not quantized; write it in few bits first: yuanmoe quantize {path} NEW --bits 4")
+        raise UsageError(f"{path} is not quantized; quantize it first: yuanmoe quantize {path} NEW --bits 4")
     return _Subject(config=source.config, precision=source.precision, build=lambda: load_model(path))
 
 

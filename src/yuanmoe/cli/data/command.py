@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from yuanmoe.cli.terminal.models import OptionalTokenizer, Tokenizer
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.errors import UsageError
 from yuanmoe.plan.device.machine import usable_cores
@@ -51,6 +51,7 @@ def pack(
     max_document: Annotated[str, typer.Option(help="Largest line, row or file that is one document.")] = "64MiB",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is whole.")] = False,
+    json_only: Json = False,
 ) -> None:
     """Tokenize text, JSON lines (.gz, .zst), Parquet and folders of source code.
 
@@ -95,11 +96,13 @@ def pack(
         )
         for reason, count in found.skipped.items():
             console.print(f"  left out: {count:,} {reason}", markup=False)
-    print_result({"datasets": [summary(tokens) for tokens in made], "seconds": round(time.perf_counter() - start, 3)})
+    print_result(
+        {"datasets": [summary(tokens) for tokens in made], "seconds": round(time.perf_counter() - start, 3)}, json_only
+    )
 
 
 @data.command()
-def info(path: Dataset) -> None:
+def info(path: Dataset, json_only: Json = False) -> None:
     """What a dataset holds, and what it was made of."""
     from yuanmoe.data.sets.datasets import open_documents
     from yuanmoe.data.sets.packed import PackedTokens
@@ -111,11 +114,11 @@ def info(path: Dataset) -> None:
         shown = ", ".join(f"{each} {value[each]}" for each in value) if isinstance(value, dict) else value
         console.print(f"{name:<18} {f'{shown:,}' if isinstance(shown, int) else shown}", soft_wrap=True, markup=False)
     settings = {"settings": tokens.manifest.settings} if isinstance(tokens, PackedTokens) else {}
-    print_result(facts | settings)
+    print_result(facts | settings, json_only)
 
 
 @data.command("verify")
-def verify_tokens(path: Dataset, tokenizer: OptionalTokenizer = None) -> None:
+def verify_tokens(path: Dataset, tokenizer: OptionalTokenizer = None, json_only: Json = False) -> None:
     """Read all of a dataset: checksums, and whether every id is in the vocabulary."""
     from yuanmoe.data.sets.datasets import open_documents
     from yuanmoe.data.sets.verify import verify_dataset as verify_documents
@@ -128,7 +131,7 @@ def verify_tokens(path: Dataset, tokenizer: OptionalTokenizer = None) -> None:
     people().print(
         f"{path}: {format_count(tokens.num_tokens)} tokens, {format_size(read)} as they were written", markup=False
     )
-    print_result(summary(tokens) | {"verified_bytes": read})
+    print_result(summary(tokens) | {"verified_bytes": read}, json_only)
 
 
 @data.command()
@@ -137,11 +140,12 @@ def preview(
     document: Annotated[int, typer.Option(min=0, help="Number of the document, from 0.")] = 0,
     tokens: Annotated[int, typer.Option(min=1, help="At most so many of its tokens.")] = 512,
     tokenizer: OptionalTokenizer = None,
+    json_only: Json = False,
 ) -> None:
     """Show a document, and which of its tokens are to be learned: in green, or between {+ and +}."""
     from yuanmoe.cli.data.preview import preview_document
 
-    print_result(preview_document(people(), path, document, tokens, tokenizer))
+    print_result(preview_document(people(), path, document, tokens, tokenizer), json_only)
 
 
 @data.command()
@@ -149,6 +153,7 @@ def export(
     src: Dataset,
     prefix: Annotated[Path, typer.Argument(help="Name of the pair, without .bin and .idx.")],
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Of the tokenizer, where SRC does not say.")] = None,
+    json_only: Json = False,
 ) -> None:
     """Write a dataset as a Megatron pair, NAME.bin and NAME.idx."""
     from yuanmoe.data.sets.datasets import open_documents
@@ -163,7 +168,7 @@ def export(
     people().print(
         f"{prefix}: {tokens.num_documents:,} documents, {format_count(tokens.num_tokens)} tokens", markup=False
     )
-    print_result(summary(tokens) | {"path": str(prefix)})
+    print_result(summary(tokens) | {"path": str(prefix)}, json_only)
 
 
 def summary(tokens: Any) -> dict[str, Any]:

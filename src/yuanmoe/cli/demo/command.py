@@ -1,7 +1,7 @@
-"""`yuanmoe demo`: the shipped model completes code, then another is made from the Python standard library, here.
+"""`yuanmoe demo`: the shipped model completes code; with `--train` another is made from Python's standard library.
 
-Its stages are kept in one folder and not done twice. Not here: what they do (`demo_stages.py`), how completions and
-their experts look (`showcase.py`).
+The stages of the training are kept in one folder and not done twice. Not here: what they do (`stages.py`), how
+completions and their experts look (`showcase.py`).
 """
 
 import os
@@ -16,9 +16,11 @@ from rich.console import Console
 
 from yuanmoe.cli.demo.done import FinishedStages, Stage
 from yuanmoe.cli.demo.stages import Work, works
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
+from yuanmoe.errors import UsageError
 from yuanmoe.plan import cost
 from yuanmoe.shipped import SMALL
+from yuanmoe.train.recipe.recipe import Recipe
 from yuanmoe.train.recipe.recipes import CODE_PROMPTS, nano
 from yuanmoe.units import format_count, parse_size
 
@@ -26,31 +28,55 @@ SAMPLING = {"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "repetition_
 
 
 def demo(
-    seconds: Annotated[float, typer.Option(min=1.0, help="Time to train the model in.")] = 120.0,
-    out: Annotated[Path, typer.Option(help="Folder for everything that it makes.")] = Path("demo"),
+    ctx: typer.Context,
+    train_one: Annotated[
+        bool, typer.Option("--train", help="Then train a model of your own on Python's standard library, in minutes.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=1.0, help="With --train: time to train the model in.")] = 120.0,
+    out: Annotated[Path, typer.Option(help="With --train: folder for everything that it makes.")] = Path("demo"),
     corpus_size: Annotated[
-        str | None, typer.Option(help="At most so much of the standard library, such as 2MB.")
+        str | None, typer.Option(help="With --train: at most so much of the standard library, such as 2MB.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the model's start and the order of its text.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do everything again.")] = False,
+    seed: Annotated[int, typer.Option(help="With --train: of the first weights and the order of the text.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="With --train: do everything again.")] = False,
+    json_only: Json = False,
 ) -> None:
-    """Let the small model complete code; then train a smaller one on Python's standard library, here and now.
+    """Let the small model that comes with yuanmoe complete code, in seconds; with --train, train one of your own.
 
     What an earlier run finished is reused. Ctrl-C ends the training early and goes on with what was learned.
     """
-    # The completions at the end are its samples.
-    recipe = nano().replace("schedule", max_seconds=seconds).replace("run", seed=seed, prompts=())
-    max_bytes = None if corpus_size is None else parse_size(corpus_size)
+    if not train_one:
+        _refuse_training_options(ctx)
     console = people()
-    shipped = _complete(SMALL, console)
+    result: dict[str, Any] = {"command": "demo"}
+    if train_one:
+        # The completions at the end are its samples.
+        recipe = nano().replace("schedule", max_seconds=seconds).replace("run", seed=seed, prompts=())
+        max_bytes = None if corpus_size is None else parse_size(corpus_size)
+        result["shipped"] = _complete(SMALL, console)
+        result |= _train(recipe, out, max_bytes, FinishedStages(out, fresh=fresh), console)
+    else:
+        result["shipped"] = _complete(SMALL, console)
+    _show_next(console, out if train_one else None)
+    print_result(result, json_only)
+
+
+def _refuse_training_options(ctx: typer.Context) -> None:
+    for option in ("seconds", "out", "corpus_size", "seed", "fresh"):
+        source = ctx.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{option.replace('_', '-')} is about training a model; add --train")
+
+
+def _train(
+    recipe: Recipe, out: Path, max_bytes: int | None, stages: FinishedStages, console: Console
+) -> dict[str, Any]:
+    """The stages from the standard library to a model that completes code, and what came of each."""
     console.print("\n[bold]Now another one, from the Python on this machine to code completion[/]\n")
-    stages = FinishedStages(out, fresh=fresh)
     done = {work.name: _run(stages, work, out, console) for work in works(out, recipe, max_bytes, console)}
-    completions = _complete(out / "model", console)
-    _say_next(console, out)
-    result = {"command": "demo", "out": str(out), "reused": [name for name, stage in done.items() if stage.reused]}
     found = {name: stage.summary for name, stage in done.items()}
-    print_result(result | found | {"shipped": shipped, "completions": completions})
+    reused = [name for name, stage in done.items() if stage.reused]
+    return {"out": str(out), "reused": reused} | found | {"completions": _complete(out / "model", console)}
 
 
 def _complete(model: str | Path, console: Console) -> list[dict[str, Any]]:
@@ -79,15 +105,16 @@ def _run(stages: FinishedStages, work: Work, out: Path, console: Console) -> Sta
     return stage
 
 
-def _say_next(console: Console, out: Path) -> None:
-    """Commands that work from here."""
-    program, model = _program(), out / "model"
+def _show_next(console: Console, trained: Path | None) -> None:
+    """Commands that work from here: with the model that was trained, or with the shipped one."""
+    program, model, page = _program(), SMALL, "experts.html"
+    if trained is not None:
+        model, page = str(trained / "model"), str(trained / "experts.html")
     console.print("\n[bold]Next[/]")
     for arguments in (
-        'generate "def main():" --show-experts',
         f'generate --model {model} "def main():" --temperature 0.5 --show-experts',
-        f"inspect --model {model} --text {os.__file__} --html {out / 'experts.html'}",
-        "plan M32 --bits 4 --ram 24GiB",
+        f"inspect --model {model} --text {os.__file__} --html {page}",
+        "plan M32 --bits 4 --ram 24GiB" if trained is not None else "demo --train",
     ):
         console.print(f"  {program} {arguments}", soft_wrap=True, markup=False)
 

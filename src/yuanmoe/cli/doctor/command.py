@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from yuanmoe.cli.terminal.output import people, print_result, print_table
+from yuanmoe.cli.terminal.output import Json, people, print_result, print_table
 from yuanmoe.config import ModelConfig
 from yuanmoe.estimate import read_model
 from yuanmoe.plan.cost import PRECISIONS, Precision, weight_bytes
@@ -46,7 +46,7 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="A checkpoint directory too: whether it would run here, and how fast.")
     ] = None,
-    json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
+    json_only: Json = False,
 ) -> None:
     """Say what this machine has, what is missing and what to do; a few seconds of measuring."""
     machine = read_machine()
@@ -68,7 +68,7 @@ def doctor(
     report["findings"] = [dataclasses.asdict(finding) for finding in findings]
     if not json_only:
         _show(report, people())
-    print_result(report)
+    print_result(report, json_only)
     if any(finding.level == "broken" for finding in findings):
         raise typer.Exit(1)
 

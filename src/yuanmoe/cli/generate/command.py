@@ -16,7 +16,7 @@ from yuanmoe.cli.generate.answer import bandwidth_bound, bound_note, emit, speak
 from yuanmoe.cli.generate.conversation import Conversation
 from yuanmoe.cli.generate.experts import chosen_layer, coloured_writer, routings_json, show_loads
 from yuanmoe.cli.terminal.models import Device, Dtype, KvDtype, OptionalModel, Threads, model_or_shipped
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ ShowExperts = Annotated[
 ExpertLayer = Annotated[
     int | None, typer.Option(help="Show experts, in the colours of this layer, not the middle one.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no text.")]
 
 
 def generate(
@@ -100,7 +99,7 @@ def generate(
     stream = lm.stream(ids, stop=stop or (), routing=show_experts, max_new_tokens=max_new_tokens, **sampling)
     whole = speak(stream, _writer(stream, place, json_only))
     if json_only:
-        print_result(_result(model, lm, stream.completion, show_experts))
+        print_result(_result(model, lm, stream.completion, show_experts), json_only)
     else:
         _report(lm, stream.completion, place)
     if not whole:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from yuanmoe.cli.inspect.view import show_rope, show_routing
 from yuanmoe.cli.terminal.models import Device, Dtype, KvDtype, Model, Threads
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.cli.terminal.progress import tokens_progress
 from yuanmoe.cli.terminal.text_file import read_text
 from yuanmoe.config import ModelConfig
@@ -48,7 +48,7 @@ def inspect(
     kv_dtype: KvDtype = None,
     device: Device = None,
     threads: Threads = None,
-    json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
+    json_only: Json = False,
 ) -> None:
     """Read a text with a model and show which experts its tokens went to; with --rope, try RoPE settings on it."""
     if rope and (html or layer is not None):
@@ -73,7 +73,7 @@ def inspect(
         _write_page(report, html)
     for each in report.get("layers", ()):  # Pages hold them; on a terminal they would be thousands of lines.
         del each["matrices"]
-    print_result(report)
+    print_result(report, json_only)
 
 
 def _load(

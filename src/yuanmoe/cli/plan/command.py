@@ -9,7 +9,7 @@ import typer
 
 from yuanmoe.cli.plan.cluster import Wishes, cluster_report, request_of, show_cluster
 from yuanmoe.cli.plan.device import device_report, show_device
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.errors import UsageError
 from yuanmoe.estimate import device_named, read_model
 from yuanmoe.plan.cluster.cluster import parse_cluster
@@ -51,7 +51,7 @@ def plan(
         str | None, typer.Option(help="Training: rate of a network card, one way, such as 400Gb/s.")
     ] = None,
     efficiency: Annotated[float, typer.Option(help="Training: share of its matmul peak that a device keeps up.")] = 0.5,
-    json_only: Annotated[bool, typer.Option("--json", help="Print the JSON line and no tables.")] = False,
+    json_only: Json = False,
 ) -> None:
     """Say whether a model fits, how fast it can be and what it costs, without loading it."""
     name, config, stored = read_model(model)
@@ -80,7 +80,7 @@ def plan(
         report, show = device_report(name, load if bits is None else load.with_bits(bits), target), show_device
     if not json_only:
         show(report, people())
-    print_result(report)
+    print_result(report, json_only)
 
 
 def _refuse(ctx: typer.Context, options: tuple[str, ...], reason: str) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from yuanmoe.cli.quantize.view import show_plan, show_quality, show_report
 from yuanmoe.cli.terminal.models import Checkpoint, Threads
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress, tokens_progress
 from yuanmoe.cli.terminal.text_file import read_tokens
 from yuanmoe.errors import UsageError
@@ -63,6 +63,7 @@ def quantize(
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="Go on where config keys or tensors are unknown.")
     ] = False,
+    json_only: Json = False,
 ) -> None:
     """Write a checkpoint in 4 or 8 bits, ready to be mapped and run; report what was lost.
 
@@ -93,7 +94,7 @@ def quantize(
     show_report(console, done.report)
     if evaluate is not None:
         _evaluate(console, job, dst, evaluate, eval_ids, done.report)
-    print_result(_result(dst, done) | {"seconds": round(time.perf_counter() - start, 3)})
+    print_result(_result(dst, done) | {"seconds": round(time.perf_counter() - start, 3)}, json_only)
 
 
 def _parse_role(text: str) -> tuple[str, int]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from yuanmoe.cli.terminal.models import FullPrecisionBase
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.config import ModelConfig
 from yuanmoe.model.lora.targets import LoraSettings, Shape, lora_role_of, num_parameters, targets
@@ -26,7 +26,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST, once 
 
 
 @adapter.command()
-def show(source: Source) -> None:
+def show(source: Source, json_only: Json = False) -> None:
     """What it adapts, with how many parameters, and which base it belongs to."""
     from yuanmoe.checkpoint.adapters.adapter import adapted_shapes, open_adapter
 
@@ -45,7 +45,8 @@ def show(source: Source) -> None:
             "scale": opened.settings.scale,
             "roles": list(opened.settings.roles),
             "parameters": sum(num_parameters(shape, opened.settings.rank) for shape in shapes.values()),
-        }
+        },
+        json_only,
     )
 
 
@@ -55,6 +56,7 @@ def merge(
     dst: Target,
     model: FullPrecisionBase,
     overwrite: Overwrite = False,
+    json_only: Json = False,
 ) -> None:
     """Write the base with the adapter in its weights. Interrupted, it goes on where it was when called again."""
     from yuanmoe.checkpoint.adapters.merge import merge_adapter
@@ -64,7 +66,8 @@ def merge(
         written = merge_adapter(model, source, dst, overwrite=overwrite, progress=progress, say=console.print)
     console.print(f"{dst}: {written.tensors} tensors, {format_size(written.nbytes)} in {written.shards} files")
     print_result(
-        {"command": "adapter merge", "path": str(written.path), "tensors": written.tensors, "bytes": written.nbytes}
+        {"command": "adapter merge", "path": str(written.path), "tensors": written.tensors, "bytes": written.nbytes},
+        json_only,
     )
 
 
@@ -74,6 +77,7 @@ def write_peft(
     dst: Target,
     base: Annotated[str | None, typer.Option(help="Directory or hub name where PEFT finds the base model.")] = None,
     overwrite: Overwrite = False,
+    json_only: Json = False,
 ) -> None:
     """Write it in PEFT's format, for PEFT over `yuanmoe.hf`; experts and routers become target_parameters."""
     from yuanmoe.checkpoint.adapters.adapter import open_adapter
@@ -81,7 +85,7 @@ def write_peft(
 
     path = export(open_adapter(source), dst, base=base, overwrite=overwrite)
     people().print(f"{dst}: load it with peft.PeftModel.from_pretrained over yuanmoe.hf.YuanForCausalLM")
-    print_result({"command": "adapter export-peft", "path": str(path)})
+    print_result({"command": "adapter export-peft", "path": str(path)}, json_only)
 
 
 def num_adapted(config: ModelConfig, settings: LoraSettings) -> int:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from yuanmoe.cli.terminal.models import Init, OptionalTokenizer
-from yuanmoe.cli.terminal.output import people, print_result
+from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.errors import ResourceError, UsageError
 from yuanmoe.plan import cost
 from yuanmoe.plan.cluster.layout import Layout
@@ -71,6 +71,7 @@ def train(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")] = 0,
+    json_only: Json = False,
 ) -> None:
     """Train RECIPE on DATA. Ctrl-C and SIGTERM save first; --resume goes on as if nothing had happened."""
     leads = os.environ.get("RANK", "0") == "0"
@@ -79,7 +80,7 @@ def train(
     resolved = _resolve(named(recipe), weights, context, settings or [])
     _print_recipe(console, recipe, resolved)
     if show:
-        print_result({"command": "train", "recipe": resolved.to_dict()})
+        print_result({"command": "train", "recipe": resolved.to_dict()}, json_only)
         return
     if not data:
         raise UsageError("there is nothing to train on: name a folder of packed tokens with --data")
@@ -91,7 +92,8 @@ def train(
     place = _Place(out or Path("runs") / recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     found = _train(place, resolved, chosen, weights, texts, device, threads, console)
     if leads:
-        print_result({"command": "train", "recipe": recipe, "out": str(place.folder)} | found)
+        console.print(f"the model: {found['checkpoint']}; the report: {found['report']}", soft_wrap=True, markup=False)
+        print_result({"command": "train", "recipe": recipe, "out": str(place.folder)} | found, json_only)
     if found["signal"]:
         console.print(f"stopped by a signal and saved; the same command with --resume goes on: {found['checkpoint']}")
         raise typer.Exit(128 + found["signal"])
