@@ -12,11 +12,11 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.engine.requests import Constraint, Request, RequestOutput
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import ContextLengthError, UsageError
+from yuanmoe.http.errors import ApiError
 from yuanmoe.serve.core.adapters import Offered
 from yuanmoe.serve.core.answer import Answer, Delta
 from yuanmoe.serve.core.job import Job
 from yuanmoe.serve.core.worker import EngineWorker
-from yuanmoe.serve.openai.errors import ApiError
 from yuanmoe.serve.openai.schema import GenerationFields
 from yuanmoe.serve.openai.structured import Grammar, Grammars, lark_grammar, regex_grammar
 from yuanmoe.text.tokenizer import Tokenizer
@@ -77,6 +77,15 @@ class Service:
             raise ContextLengthError(
                 f"the prompt has {len(ids):,} tokens, this server reads at most {self.max_prompt_tokens:,}; "
                 f"shorten it by {len(ids) - self.max_prompt_tokens:,} tokens"
+            )
+
+    def check_text(self, characters: int) -> None:
+        """Raises ContextLengthError for a text that cannot fit, before any of it is read."""
+        most = self.max_prompt_tokens * self.tokenizer.longest_token
+        if characters > most:
+            raise ContextLengthError(
+                f"the prompt has {characters:,} characters, this server reads at most {self.max_prompt_tokens:,} "
+                f"tokens, which hold at most {most:,} characters; shorten it"
             )
 
     async def begin(

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,9 +19,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match, Mount
+from starlette.types import Scope
 
 from yuanmoe import __version__
 from yuanmoe.errors import YuanError
+from yuanmoe.http.answers import error_response, json_response
+from yuanmoe.http.errors import MAX_PARAM_BYTES, ApiError, clipped
+from yuanmoe.http.json_body import MAX_VALUES, bounded_route
 from yuanmoe.serve.core.gate import Gate
 from yuanmoe.serve.core.info import model_card, model_info
 from yuanmoe.serve.core.keys import ApiKeys, Client
@@ -29,8 +35,7 @@ from yuanmoe.serve.core.routing import load_statistics
 from yuanmoe.serve.core.service import Service, check_tokens, off_loop
 from yuanmoe.serve.openai.chat import chat_completion, chat_ids
 from yuanmoe.serve.openai.completions import completion
-from yuanmoe.serve.openai.errors import ApiError, invalid_body
-from yuanmoe.serve.openai.events import error_response, json_response
+from yuanmoe.serve.openai.invalid import invalid_body
 from yuanmoe.serve.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 JSON_BODIES = {
@@ -39,6 +44,7 @@ JSON_BODIES = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
+WEB = Path(str(files("yuanmoe.serve") / "web"))
 ANYONE = Client(name="anyone")
 STOP_S = 10.0
 """How long the step may take that the engine is in when the server ends."""
@@ -77,12 +83,23 @@ def create_app(service: Service, metrics: Metrics, access: Access) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
         middleware=_middleware(access, metrics),
     )
+    app.router.route_class = bounded_route(max(MAX_VALUES, 2 * service.max_prompt_tokens))
     _add_errors(app)
     _add_completions(app, service)
     _add_tokens(app, service)
     _add_data(app, service, metrics)
-    app.mount("/", _Page(directory=str(files("yuanmoe.serve") / "web"), html=True), name="page")
+    app.router.routes.append(_PageMount("/", _Page(directory=str(WEB), html=True), name="page"))
     return app
+
+
+class _PageMount(Mount):
+    """Takes requests for files of the page alone, so that other paths are unknown (404) or of another method (405)."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        path = str(scope["path"]).strip("/") or "index.html"
+        found = "\0" not in path and (WEB / path).is_file() and ".." not in path.split("/")
+        return (match, child) if found else (Match.NONE, {})
 
 
 class _Page(StaticFiles):
@@ -110,9 +127,10 @@ def _middleware(access: Access, metrics: Metrics) -> list[Middleware]:
     cors = Middleware(
         CORSMiddleware,
         allow_origins=list(access.cors_origins),
-        allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
-        expose_headers=["Retry-After"],
+        allow_methods=["GET", "HEAD", "POST"],
+        # Any: clients add their own, such as `x-stainless-lang`, and none of them opens anything here.
+        allow_headers=["*"],
+        expose_headers=["Retry-After", "X-Should-Retry"],
     )
     return [cors, gate]
 
@@ -128,7 +146,8 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         if isinstance(error.__cause__, ApiError):  # of the gate, while the body was read
             return error_response(error.__cause__)
-        message = f"{request.method} {request.url.path}: {error.detail}; /openapi.json lists what there is"
+        asked = clipped(f"{request.method} {request.url.path}", MAX_PARAM_BYTES)
+        message = f"{asked}: {error.detail}; /openapi.json lists what there is"
         if error.status_code == 400:
             message = f"the body cannot be read: {type(error.__cause__).__name__}: {error.__cause__}"
         answer = error_response(ApiError(error.status_code, message))
@@ -178,6 +197,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             ids = await chat_ids(service, body.messages)
         else:
             text = body.prompt or ""
+            service.check_text(len(text))
             ids = await off_loop(lambda: tokenizer.encode(text), len(text))
         limit = service.config.max_position_embeddings
         return json_response({"tokens": ids, "count": len(ids), "max_model_len": limit})

@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from yuanmoe.errors import UsageError
+from yuanmoe.http.answers import json_response
 from yuanmoe.serve.core.service import Service, off_loop
 from yuanmoe.serve.openai.chat_answer import ChatAnswer
-from yuanmoe.serve.openai.events import EventStream, json_response, with_reader
+from yuanmoe.serve.openai.events import EventStream, with_reader
 from yuanmoe.serve.openai.schema import ChatRequest, Content, Message, SchemaFormat, ToolMessage
 from yuanmoe.serve.openai.structured import Grammar, json_grammar
 from yuanmoe.serve.openai.tools import RESULT, Tools, call_text, chosen_tools
@@ -43,6 +44,7 @@ async def chat_ids(service: Service, messages: Sequence[Message], tools: Tools |
     if tools is not None:
         turns.insert(0, {"role": "system", "content": tools.prompt()})
     characters = sum(len(turn["content"]) for turn in turns)
+    service.check_text(characters)
     return await off_loop(lambda: encode_chat(service.tokenizer, turns), characters)
 
 
