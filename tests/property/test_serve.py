@@ -79,7 +79,7 @@ def test_whatever_is_drawn_from_a_grammar_follows_it(kind: str, name: str) -> No
     grammars = Grammars(tokenizer)
     for seed in range(20):
         constraint, draw = grammars.compile(grammar), random.Random(seed)
-        answer = Answer(tokenizer, tokenizer.sep_id, ())
+        answer = Answer(tokenizer, [tokenizer.sep_id], ())
         text, token_id = "", -1
         while token_id != tokenizer.eod_id and answer.num_tokens < 200:
             allowed = constraint.mask().nonzero()[:, 0].tolist()
@@ -184,7 +184,7 @@ def test_an_answer_does_not_depend_on_how_its_tokens_come(text: str, stop: str, 
     outputs = [RequestOutput(0, token_id, -1.0) for token_id in ids] + [
         RequestOutput(0, tokenizer.eod_id, -1.0, finish_reason="stop")
     ]
-    answer = Answer(tokenizer, tokenizer.sep_id, [stop])
+    answer = Answer(tokenizer, [tokenizer.sep_id], [stop])
     said = "".join(answer.push(outputs[at : at + cut]).text for at in range(0, len(outputs), cut))
     assert said == text.partition(stop)[0]
     assert answer.finish_reason == "stop"

@@ -75,7 +75,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = scope | {"path": _plain(scope["path"])}
+        scope = {**scope, "path": _plain(scope["path"])}
         if scope["method"] == "HEAD":  # as GET; the server behind leaves the body out
             scope["method"] = "GET"
         send = self._labelled(send)

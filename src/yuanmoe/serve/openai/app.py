@@ -45,6 +45,7 @@ JSON_BODIES = {
     "/detokenize": DetokenizeRequest,
 }
 WEB = Path(str(files("yuanmoe.serve") / "web"))
+PAGE_FILES = frozenset(str(file.relative_to(WEB)) for file in WEB.rglob("*") if file.is_file())
 ANYONE = Client(name="anyone")
 STOP_S = 10.0
 """How long the step may take that the engine is in when the server ends."""
@@ -97,8 +98,7 @@ class _PageMount(Mount):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, child = super().matches(scope)
-        path = str(scope["path"]).strip("/") or "index.html"
-        found = "\0" not in path and (WEB / path).is_file() and ".." not in path.split("/")
+        found = (str(scope["path"]).strip("/") or "index.html") in PAGE_FILES
         return (match, child) if found else (Match.NONE, {})
 
 
