@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 
 from serving import Running, running
+from small_tokenizers import bpe
 from yuanmoe.http.errors import ApiError, clipped
 from yuanmoe.http.json_body import MAX_CONTAINERS, MAX_DEPTH, MAX_KEYS, MAX_VALUES, parse_json
 
@@ -108,3 +109,83 @@ def test_long_texts_are_clipped_in_the_middle() -> None:
         json.dumps(short).encode()
     assert clipped("short", 1600) == "short"
     assert clipped("half \ud800", 1600) == "half ?"
+
+
+def chat(**fields: object) -> dict:
+    return {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1} | fields
+
+
+def schema(value: object) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": value}}
+
+
+def call(arguments: str) -> list:
+    function = {"name": "f", "arguments": arguments}
+    return [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function}]},
+        {"role": "user", "content": "a"},
+    ]
+
+
+HOSTILE_CHATS = {
+    "a large enum": chat(response_format=schema({"enum": [f"value {place}" for place in range(20_000)]})),
+    "a long constant": chat(response_format=schema({"const": "a" * 1_000_000})),
+    "an infinite constant": b'{"messages":[{"role":"user","content":"a"}],"response_format":{"type":"json_schema",'
+    b'"json_schema":{"name":"a","schema":{"const":1e999}}}}',
+    "a long regex": chat(guided_regex="ab|" * 100_000),
+    "a deep regex": chat(guided_regex="(" * 100_000),
+    "a deep grammar": chat(guided_grammar="start: " + "(" * 100_000),
+    "a long grammar": chat(guided_grammar="start: " + " | ".join(f'"a{place}"' for place in range(20_000))),
+    "deep arguments": chat(messages=call("[" * 1_000_000)),
+    "many arguments": chat(messages=call("[" + "{}," * 300_000 + "1]")),
+    "arguments of digits": chat(messages=call("9" * 1_000_000)),
+    "a long stop": chat(stop="a" * 1_000_000),
+    "many stops": chat(stop=["a"] * 50_000),
+    "many biases": chat(logit_bias={str(place): 1 for place in range(1025)}),
+    "a long bias": chat(logit_bias={"1" * 1_000_000: 1}),
+    "a long model": chat(model="m" * 1_000_000),
+    "a long role": chat(messages=[{"role": "r" * 1_000_000, "content": "a"}]),
+    "a long tool": chat(tools=[{"type": "function", "function": {"name": "f" * 1_000_000}}]),
+    "a prompt that cannot fit": chat(messages=[{"role": "user", "content": "1" * 3_900_000}]),
+    "many messages": chat(messages=[{"role": "user", "content": "a"}] * 4097),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_CHATS)
+def test_chats_that_cost_too_much(server: Running, name: str) -> None:
+    body = HOSTILE_CHATS[name]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = server.post("/v1/chat/completions", None, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 404), answer.text[:300]
+    assert len(answer.content) <= 2048
+
+
+def test_a_prompt_that_cannot_fit_is_not_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(server.service.tokenizer), "_encode_ordinary", None)
+    for route, body in {
+        "/v1/completions": {"prompt": "a" * 1_000_000},
+        "/v1/chat/completions": chat(messages=[{"role": "user", "content": "a" * 1_000_000}]),
+        "/tokenize": {"prompt": "a" * 1_000_000},
+    }.items():
+        answer = server.post(route, body)
+        assert answer.status_code == 400
+        assert "the prompt has 1,000,000 characters" in answer.json()["error"]["message"]
+
+
+def test_long_texts_leave_the_lock_to_others() -> None:
+    """`encode` of the library would keep it until the end, `encode_batch` does not."""
+    tokenizer = bpe()
+    calls: list[int] = []
+
+    class Backend:
+        def encode_batch(self, texts: list[str], **options: bool) -> list:
+            calls.append(len(texts))
+            return tokenizer_backend.encode_batch(texts, **options)
+
+    tokenizer_backend, tokenizer._backend = tokenizer._backend, Backend()
+    try:
+        assert tokenizer.decode(tokenizer.encode("a b <sep> c")) == "a b <sep> c"
+    finally:
+        tokenizer._backend = tokenizer_backend
+    assert calls

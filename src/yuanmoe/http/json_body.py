@@ -6,6 +6,7 @@ Not here: what a body must hold (pydantic, with lists that end at their first er
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ def parse_json(body: bytes, max_values: int = MAX_VALUES) -> Any:
         value = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    _check_keys(value)
+    _check_values(value)
     return value
 
 
@@ -119,14 +120,17 @@ def _add(count: _Count, piece: bytes) -> None:
         count.depth = int(depth[-1])
 
 
-def _check_keys(value: Any) -> None:
-    """Raises ApiError for an object with too many keys; visits each list and object once."""
-    waiting = [value]
+def _check_values(value: Any) -> None:
+    """Raises ApiError for an object with too many keys, and for numbers that no float holds; visits each value once."""
+    waiting: list[Any] = [[value]]
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict) and len(each) > MAX_KEYS:
             raise ApiError(
                 400, f"an object of the body has {len(each):,} keys, the limit is {MAX_KEYS:,}", code="body_too_complex"
             )
-        inner = each.values() if isinstance(each, dict) else each
-        waiting += [item for item in inner if isinstance(item, dict | list)] if isinstance(each, dict | list) else ()
+        for item in each.values() if isinstance(each, dict) else each:
+            if isinstance(item, dict | list):
+                waiting.append(item)
+            elif isinstance(item, float) and math.isinf(item):
+                raise ApiError(400, "a number of the body is too large for 64 bits", code="invalid_json")

@@ -24,7 +24,7 @@ from starlette.types import Scope
 
 from yuanmoe import __version__
 from yuanmoe.errors import YuanError
-from yuanmoe.http.answers import error_response, json_response
+from yuanmoe.http.answers import error_response, ids_first, json_response
 from yuanmoe.http.errors import MAX_PARAM_BYTES, ApiError, clipped
 from yuanmoe.http.json_body import MAX_VALUES, bounded_route
 from yuanmoe.serve.core.gate import Gate
@@ -200,7 +200,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             service.check_text(len(text))
             ids = await off_loop(lambda: tokenizer.encode(text), len(text))
         limit = service.config.max_position_embeddings
-        return json_response({"tokens": ids, "count": len(ids), "max_model_len": limit})
+        named = {"count": len(ids), "max_model_len": limit}
+        return Response(await off_loop(lambda: ids_first(ids, named), len(ids)), media_type="application/json")
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:

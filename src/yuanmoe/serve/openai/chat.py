@@ -40,7 +40,8 @@ async def chat_completion(service: Service, body: ChatRequest, request: Request)
 
 async def chat_ids(service: Service, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
     """The prompt that asks for the answer, however long. Raises UsageError where there is none."""
-    turns = [_turn(message) for message in messages]
+    # Off the event loop where there is much: arguments of calls are JSON inside JSON.
+    turns = await off_loop(lambda: [_turn(message) for message in messages], sum(map(_characters, messages)))
     if tools is not None:
         turns.insert(0, {"role": "system", "content": tools.prompt()})
     characters = sum(len(turn["content"]) for turn in turns)
@@ -57,6 +58,12 @@ def _turn(message: Message) -> dict[str, str]:
         calls = [call_text(call) for call in message.tool_calls or []]
         return {"role": "assistant", "content": "\n".join([*([text] if text else []), *calls])}
     return {"role": "system" if message.role == "developer" else message.role, "content": text}
+
+
+def _characters(message: Message) -> int:
+    calls = message.tool_calls or [] if message.role == "assistant" else []
+    parts = 0 if isinstance(message.content, str) or message.content is None else len(message.content)
+    return 64 + 64 * parts + sum(len(call.function.arguments) for call in calls)
 
 
 def _text(content: Content | None) -> str:
