@@ -160,12 +160,19 @@ class Service:
                 f"the grammar (schemas of tools included) has {size:,} bytes, the limit is {MAX_GRAMMAR_BYTES:,}; "
                 "make it smaller"
             )
-        work = asyncio.get_running_loop().run_in_executor(self._compilers, grammars.compile, grammar)
+        work = asyncio.get_running_loop().run_in_executor(self._compilers, _prepared, grammars, grammar)
         try:
             async with asyncio.timeout(GRAMMAR_S):
                 return await work
         except TimeoutError:
             raise UsageError(f"the grammar takes more than {GRAMMAR_S:g} s to prepare; make it simpler") from None
+
+
+def _prepared(grammars: Grammars, grammar: Grammar) -> GrammarConstraint:
+    """A grammar whose first mask was drawn: what grows only then must not grow in the engine, where all wait for it."""
+    constraint = grammars.compile(grammar)
+    constraint.mask()
+    return constraint
 
 
 PENALTIES = ("presence_penalty", "frequency_penalty")
