@@ -151,7 +151,7 @@ def _resident_bytes(pid: int | None) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main() -> None:
+def print_standstill() -> None:
     """Measures a server that runs, and writes JSON."""
     parser = argparse.ArgumentParser(description="How long a stream stands still under hostile bodies.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
@@ -162,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print_standstill()
