@@ -25,8 +25,8 @@ from yuanmoe.model.lora.attach import detach
 from yuanmoe.options import AnswerOptions, ComputeOptions
 from yuanmoe.plan.cost import Precision
 from yuanmoe.shipped import model_folder
+from yuanmoe.text.answer_text import AnswerText
 from yuanmoe.text.chat import Message, encode_chat
-from yuanmoe.text.detokenize import StopStrings, StreamingDetokenizer
 from yuanmoe.text.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
 Prompt = str | list[int]
@@ -57,8 +57,7 @@ class _Answer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self.completion = Completion(prompt_tokens=len(prompt_ids))
-        self.stops = StopStrings(stop)
-        self._detokenizer = StreamingDetokenizer(tokenizer, skip_special=True, previous=prompt_ids[-1])
+        self.text = AnswerText(tokenizer, prompt_ids, stop)
 
     def push(self, token: Token) -> str:
         """The text that is certain now and was not before."""
@@ -67,17 +66,15 @@ class _Answer:
         completion.logprobs.append(token.logprob)
         completion.routings.append(token.routing)
         completion.finish_reason = token.finish_reason
-        if token.finish_reason == "stop":
-            return ""
-        return self._add(self.stops.push(self._detokenizer.push(token.token_id)))
+        return "" if token.finish_reason == "stop" else self._add(self.text.push(token.token_id))
 
     def finish(self) -> str:
         """The text that was held back, now that nothing follows."""
-        return self._add(self.stops.push(self._detokenizer.flush()) + self.stops.flush())
+        return self._add(self.text.finish())
 
     def _add(self, piece: str) -> str:
         self.completion.text += piece
-        if self.stops.matched is not None:
+        if self.text.stopped:
             self.completion.finish_reason = "stop"
         return piece
 
@@ -95,7 +92,7 @@ class Stream:
         for token in self._generation:
             piece = self._answer.push(token)
             self.completion.timing = self._generation.timing
-            if self._answer.stops.matched is not None:
+            if self._answer.text.stopped:
                 self._generation.stop(0)
             yield piece
         yield self.finish()
@@ -150,7 +147,7 @@ class LanguageModel:
         generation, answers = self._start(prompts, options)
         for token in generation:
             answers[token.sequence].push(token)
-            if answers[token.sequence].stops.matched is not None:
+            if answers[token.sequence].text.stopped:
                 generation.stop(token.sequence)
         for answer in answers:
             answer.finish()

@@ -53,6 +53,56 @@ def test_no_request_is_the_server_s_fault(server: Running, schema, path: str, mo
     assert server.wait(lambda: server.service.worker.load == 0)
 
 
+HOSTILE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.sampled_from(["", "\ud800", "\0", "<eod>", "9" * 5000, "text", "user", "role", "content", "a" * 20_000]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, min_size=1, max_size=2).map(lambda few: few * 2000)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "schema", "\udfff"]), inner)
+        | inner.map(lambda value: nested(value, 150))
+    ),
+    max_leaves=6,
+)
+
+
+def nested(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+BODIES = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+    "/v1/completions": {"prompt": "a", "max_tokens": 1},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [5]},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_hostile_values_in_every_field_are_refused(server: Running, schema, path: str) -> None:
+    reference = schema.raw_schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    fields = sorted(schema.raw_schema["components"]["schemas"][reference.rpartition("/")[2]]["properties"])
+
+    @given(field=st.sampled_from(fields), value=HOSTILE)
+    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+    def check(field: str, value: Any) -> None:
+        # Lengths of answers are not what is tried here.
+        if field in ("max_tokens", "max_completion_tokens") and value is None:
+            return
+        answer = send(client, path, BODIES[path] | {field: value})
+        assert answer.status_code < 500, (field, value, answer.text)
+        assert answer.status_code == 200 or len(answer.content) <= 2048
+
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        check()
+    assert server.wait(lambda: server.service.worker.load == 0)
+
+
 def send(client: httpx.Client, path: str, body: Any) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body, default=repr).encode()
     return client.post(path, content=content, headers={"Content-Type": "application/json"})
@@ -79,7 +129,7 @@ def test_whatever_is_drawn_from_a_grammar_follows_it(kind: str, name: str) -> No
     grammars = Grammars(tokenizer)
     for seed in range(20):
         constraint, draw = grammars.compile(grammar), random.Random(seed)
-        answer = Answer(tokenizer, tokenizer.sep_id, ())
+        answer = Answer(tokenizer, [tokenizer.sep_id], ())
         text, token_id = "", -1
         while token_id != tokenizer.eod_id and answer.num_tokens < 200:
             allowed = constraint.mask().nonzero()[:, 0].tolist()
@@ -184,7 +234,7 @@ def test_an_answer_does_not_depend_on_how_its_tokens_come(text: str, stop: str, 
     outputs = [RequestOutput(0, token_id, -1.0) for token_id in ids] + [
         RequestOutput(0, tokenizer.eod_id, -1.0, finish_reason="stop")
     ]
-    answer = Answer(tokenizer, tokenizer.sep_id, [stop])
+    answer = Answer(tokenizer, [tokenizer.sep_id], [stop])
     said = "".join(answer.push(outputs[at : at + cut]).text for at in range(0, len(outputs), cut))
     assert said == text.partition(stop)[0]
     assert answer.finish_reason == "stop"

@@ -146,7 +146,7 @@ def _access(
     host: str,
     max_body: str,
 ) -> "Access":
-    from yuanmoe.serve.core.gate import names_this_machine
+    from yuanmoe.http.host import names_this_machine
     from yuanmoe.serve.core.keys import ENVIRONMENT, Client, read_keys
     from yuanmoe.serve.openai.app import Access
 

@@ -58,7 +58,8 @@ class BPETokenizer(Tokenizer):
             raise TokenizerError(f"{path}: {error}") from error
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        # `encode` would keep Python's lock for seconds on a long text; `encode_batch` gives it to other threads.
+        return self._backend.encode_batch([text], add_special_tokens=False)[0].ids
 
     def _to_file(self) -> bytes:
         return self._backend.to_str(pretty=True).encode()

@@ -17,11 +17,25 @@ class StreamingDetokenizer:
     the tokens continue something: `prompt_ids[-1]` for the answer to a prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False, previous: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special: bool = False,
+        previous: int | None = None,
+        unfinished: bytes = b"",
+    ) -> None:
+        """`unfinished` is the beginning of a character that the first token may finish."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._previous = previous
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._characters.decode(unfinished)
+
+    @property
+    def unfinished(self) -> bytes:
+        """The beginning of a character that is held back."""
+        return self._characters.getstate()[0]
 
     def push(self, token_id: int) -> str:
         """The characters that are complete after this token, possibly none."""

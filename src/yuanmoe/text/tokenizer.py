@@ -65,6 +65,14 @@ class Tokenizer(ABC):
         return len(self._token_bytes)
 
     @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token: a text of more characters than n times this has more than n tokens.
+
+        Except for whitespace that a tokenizer drops beside special strings.
+        """
+        return max(map(len, self._token_bytes))
+
+    @cached_property
     def sha256(self) -> str:
         """Of the file that `save` writes: the same for two tokenizers that give the same ids."""
         return hashlib.sha256(self._to_file()).hexdigest()

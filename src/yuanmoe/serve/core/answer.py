@@ -1,15 +1,16 @@
 """Tokens of one choice turned into what is said about them: text, log-probabilities, routing.
 
-Text is whole characters and holds nothing of a stop string; both are `data.detokenize`'s. Legend: L layers with
+Text is whole characters and holds nothing of a stop string; both are `text.answer_text`'s. Legend: L layers with
 experts, K chosen.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from yuanmoe.engine.requests import FinishReason, PromptLogprobs, RequestOutput, TokenRouting, TopLogprobs
-from yuanmoe.text.detokenize import StopStrings, StreamingDetokenizer
+from yuanmoe.text.answer_text import AnswerText
 from yuanmoe.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0
@@ -32,7 +33,7 @@ class Delta:
 
     text: str = ""
     tokens: list[Said] = field(default_factory=list)
-    """Without the stop token. Their text may come later: it is held back while it may become a stop string."""
+    """Those of the text: neither the stop token, nor what is held back because it may become a stop string."""
     routings: list[TokenRouting] = field(default_factory=list)
     """Of the tokens that passes read: the prompt's last one first."""
 
@@ -42,15 +43,30 @@ class Delta:
         self.routings += later.routings
 
 
-class Answer:
-    """One choice as it grows."""
+@dataclass(slots=True)
+class _Waiting:
+    """A token whose text is not certain yet."""
 
-    def __init__(self, tokenizer: Tokenizer, previous: int | None, stop: Sequence[str]) -> None:
-        """`previous` is the last token of the text that is continued; None where a text of its own begins."""
+    said: Said
+    text: str
+    """What it added, the end of a character that it finished included."""
+    before: bytes
+    """The beginning of that character, which is of earlier tokens."""
+    start: int
+    """The character of the answer that it begins in."""
+    end: int
+    """The character that it reaches."""
+
+
+class Answer:
+    """One choice as it grows. Tokens are listed with their text, so that a stop string's are not listed."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+        """`prompt_ids` is what the answer continues. Raises UsageError for an empty stop string."""
         self._tokenizer = tokenizer
-        self._previous = previous
-        self._stops = StopStrings(stop)
-        self._detokenizer = StreamingDetokenizer(tokenizer, skip_special=True, previous=previous)
+        self._previous = prompt_ids[-1] if prompt_ids else None
+        self._text = AnswerText(tokenizer, prompt_ids, stop)
+        self._waiting: deque[_Waiting] = deque()
         self.num_tokens = 0
         """Generated so far, the one that ended the answer included."""
         self.reused_tokens = 0
@@ -61,7 +77,7 @@ class Answer:
     @property
     def stopped(self) -> bool:
         """Whether a stop string ended the answer, which the engine cannot know."""
-        return self._stops.matched is not None
+        return self._text.stopped
 
     def push(self, outputs: Iterable[RequestOutput]) -> Delta:
         """What these outputs add; nothing once the answer is finished."""
@@ -79,15 +95,34 @@ class Answer:
         if output.routing is not None:
             delta.routings.append(output.routing)
         if output.finish_reason != "stop":
-            surface = self._tokenizer.surface(output.token_id, self._previous, skip_special=True)
-            self._previous = output.token_id
-            delta.tokens.append(Said(output.token_id, surface, output.logprob, output.top_logprobs))
-            delta.text += self._stops.push(self._detokenizer.push(output.token_id))
+            delta.text += self._read(output)
         self.finish_reason = output.finish_reason
         if self.finish_reason is not None and not self.stopped:
-            delta.text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+            delta.text += self._text.finish()
         if self.stopped:
             self.finish_reason = "stop"
+        delta.tokens += self._certain()
+
+    def _read(self, output: RequestOutput) -> str:
+        text, before, start = self._text, self._text.unfinished, self._text.read
+        surface = self._tokenizer.surface(output.token_id, self._previous, skip_special=True)
+        self._previous = output.token_id
+        said = Said(output.token_id, surface, output.logprob, output.top_logprobs)
+        certain = text.push(output.token_id)
+        added = (before + surface).decode(errors="ignore")
+        self._waiting.append(_Waiting(said, added, before, start, text.reached))
+        return certain
+
+    def _certain(self) -> Iterator[Said]:
+        """The tokens of the text that was let through; one that a stop string cuts keeps the bytes before it."""
+        end = self._text.said
+        while self._waiting and (self._waiting[0].end <= end or self.finish_reason is not None):
+            waiting = self._waiting.popleft()
+            if waiting.end <= end or not self.stopped:
+                yield waiting.said
+            elif waiting.start < end:
+                kept = waiting.text[: end - waiting.start].encode()[len(waiting.before) :]
+                yield waiting.said._replace(surface=kept)
 
 
 def token_name(data: bytes) -> str:

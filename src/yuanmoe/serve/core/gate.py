@@ -5,17 +5,18 @@ every response: it loads nothing from elsewhere and runs no inline script, so wh
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from yuanmoe.http.answers import error_response
+from yuanmoe.http.errors import ApiError
+from yuanmoe.http.host import names_this_machine
 from yuanmoe.serve.core.keys import ApiKeys, Client
-from yuanmoe.serve.openai.errors import ApiError
-from yuanmoe.serve.openai.events import error_response
 
 GUARDED = ("/v1/", "/metrics", "/tokenize", "/detokenize")
 """What needs a key. The rest holds no data: `/health`, the schema, the files of the page."""
@@ -74,8 +75,12 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": _plain(scope["path"])}
+        if scope["method"] == "HEAD":  # as GET; the server behind leaves the body out
+            scope["method"] = "GET"
         send = self._labelled(send)
         try:
+            self._check_announced(scope)
             client = self._client(scope)
         except ApiError as error:
             await error_response(error)(scope, receive, send)
@@ -107,6 +112,17 @@ class Gate:
         if client is None:
             raise ApiError(401, "the API key is not known here", code="invalid_api_key")
         return client
+
+    def _check_announced(self, scope: Scope) -> None:
+        """Raises ApiError, 413, for a body that is too large by its own header, before any of it is read."""
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._max_body_bytes):
+            raise self._too_large()
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f"the body is larger than the {self._max_body_bytes:,} bytes that this server takes (--max-body)"
+        )
 
     async def _counted(self, client: Client, scope: Scope, receive: Receive, send: Send) -> None:
         use = self._uses.setdefault(client.name, _Use(tokens=self._rate(client) or 0))
@@ -165,10 +181,7 @@ class Gate:
                 raise ApiError(408, waited, code="body_timeout") from None
             size += len(message.get("body", b""))
             if size > self._max_body_bytes:
-                raise ApiError(
-                    413,
-                    f"the body is larger than the {self._max_body_bytes:,} bytes that this server takes (--max-body)",
-                )
+                raise self._too_large()
             whole = not message.get("more_body", False)
             return message
 
@@ -186,15 +199,6 @@ class Gate:
         return send_with_headers
 
 
-def names_this_machine(host: str) -> bool:
-    """Whether a host, a port behind it or not, is `localhost` or a loopback address."""
-    return any(_is_loopback(name) for name in (host, host.rpartition(":")[0]))
-
-
-def _is_loopback(name: str) -> bool:
-    if name.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
+def _plain(path: str) -> str:
+    """A path without doubled and final slashes, which clients make when they join an address and a path."""
+    return re.sub("/+", "/", path).rstrip("/") or "/"

@@ -5,6 +5,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,17 +14,23 @@ from yuanmoe.config import ModelConfig
 from yuanmoe.engine.requests import Constraint, Request, RequestOutput
 from yuanmoe.engine.sampling import SamplingParams
 from yuanmoe.errors import ContextLengthError, UsageError
+from yuanmoe.http.answers import dumps
+from yuanmoe.http.errors import ApiError
 from yuanmoe.serve.core.adapters import Offered
 from yuanmoe.serve.core.answer import Answer, Delta
 from yuanmoe.serve.core.job import Job
 from yuanmoe.serve.core.worker import EngineWorker
-from yuanmoe.serve.openai.errors import ApiError
 from yuanmoe.serve.openai.schema import GenerationFields
-from yuanmoe.serve.openai.structured import Grammar, Grammars, lark_grammar, regex_grammar
+from yuanmoe.serve.openai.structured import Grammar, GrammarConstraint, Grammars, lark_grammar, regex_grammar
 from yuanmoe.text.tokenizer import Tokenizer
 
 LONG_TEXT = 4096
 """Characters beyond which work on a text leaves the event loop, where every stream would wait for it."""
+
+MAX_GRAMMAR_BYTES = 2**17
+"""Of a grammar with all its schemas, which bounds what preparing it takes."""
+GRAMMAR_S = 10.0
+"""How long who asks waits for a grammar."""
 
 T = TypeVar("T")
 Update = tuple[int, Delta]
@@ -51,6 +58,8 @@ class Service:
     """What the checkpoint's makers say of its use."""
     created: int = field(default_factory=lambda: int(time.time()))
     _grammars: Grammars | None = None
+    _compilers: Executor = field(default_factory=lambda: ThreadPoolExecutor(2, "grammar"))
+    """Threads of their own: hostile grammars wait for each other, and nobody's text waits for them."""
     _grammars_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -80,6 +89,15 @@ class Service:
             raise ContextLengthError(
                 f"the prompt has {len(ids):,} tokens, this server reads at most {self.max_prompt_tokens:,}; "
                 f"shorten it by {len(ids) - self.max_prompt_tokens:,} tokens"
+            )
+
+    def check_text(self, characters: int) -> None:
+        """Raises ContextLengthError for a text that cannot fit, before any of it is read."""
+        most = self.max_prompt_tokens * self.tokenizer.longest_token
+        if characters > most:
+            raise ContextLengthError(
+                f"the prompt has {characters:,} characters, this server reads at most {self.max_prompt_tokens:,} "
+                f"tokens, which hold at most {most:,} characters; shorten it"
             )
 
     async def begin(
@@ -134,8 +152,30 @@ class Service:
         async with self._grammars_lock:
             if self._grammars is None:
                 self._grammars = await asyncio.to_thread(Grammars, self.tokenizer)
-        first = await asyncio.to_thread(self._grammars.compile, grammar)
+        first = await self._compiled(self._grammars, grammar)
         return [first, *(first.fresh() for _ in range(count - 1))]
+
+    async def _compiled(self, grammars: Grammars, grammar: Grammar) -> GrammarConstraint:
+        """Raises UsageError for a grammar that is none, too large, or takes too long."""
+        size = len(dumps(grammar))
+        if size > MAX_GRAMMAR_BYTES:
+            raise UsageError(
+                f"the grammar (schemas of tools included) has {size:,} bytes, the limit is {MAX_GRAMMAR_BYTES:,}; "
+                "make it smaller"
+            )
+        work = asyncio.get_running_loop().run_in_executor(self._compilers, _prepared, grammars, grammar)
+        try:
+            async with asyncio.timeout(GRAMMAR_S):
+                return await work
+        except TimeoutError:
+            raise UsageError(f"the grammar takes more than {GRAMMAR_S:g} s to prepare; make it simpler") from None
+
+
+def _prepared(grammars: Grammars, grammar: Grammar) -> GrammarConstraint:
+    """A grammar whose first mask was drawn: what grows only then must not grow in the engine, where all wait for it."""
+    constraint = grammars.compile(grammar)
+    constraint.mask()
+    return constraint
 
 
 PENALTIES = ("presence_penalty", "frequency_penalty")
@@ -150,6 +190,11 @@ def _token_id(name: str) -> int:
 def _guided(body: GenerationFields) -> Grammar | None:
     if body.guided_regex is not None and body.guided_grammar is not None:
         raise UsageError("guided_regex and guided_grammar exclude each other; leave one out")
+    text = body.guided_regex or body.guided_grammar or ""
+    if len(text) > MAX_GRAMMAR_BYTES:
+        raise UsageError(
+            f"the grammar has {len(text):,} characters, the limit is {MAX_GRAMMAR_BYTES:,}; make it smaller"
+        )
     if body.guided_regex is not None:
         return regex_grammar(body.guided_regex)
     return None if body.guided_grammar is None else lark_grammar(body.guided_grammar)

@@ -17,8 +17,8 @@ from functools import partial
 from typing import Protocol
 
 from yuanmoe.engine.requests import Request, RequestOutput, Stats
+from yuanmoe.http.errors import UnavailableError
 from yuanmoe.serve.core.job import Job
-from yuanmoe.serve.openai.errors import UnavailableError
 
 WAKE_S = 0.02
 """Tokens that come faster reach their client together: nobody reads more than fifty pieces a second."""

@@ -18,6 +18,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from yuanmoe import __version__
 from yuanmoe.errors import YuanError
+from yuanmoe.http.answers import error_response, ids_first, json_response
+from yuanmoe.http.errors import MAX_PARAM_BYTES, ApiError, clipped
+from yuanmoe.http.json_body import MAX_VALUES, bounded_route
 from yuanmoe.serve.core.gate import Gate
 from yuanmoe.serve.core.info import model_card, model_info
 from yuanmoe.serve.core.keys import ApiKeys, Client
@@ -26,8 +29,7 @@ from yuanmoe.serve.core.routing import load_statistics
 from yuanmoe.serve.core.service import Service, check_tokens, off_loop
 from yuanmoe.serve.openai.chat import chat_completion, chat_ids
 from yuanmoe.serve.openai.completions import completion
-from yuanmoe.serve.openai.errors import ApiError, invalid_body
-from yuanmoe.serve.openai.events import error_response, json_response
+from yuanmoe.serve.openai.invalid import invalid_body
 from yuanmoe.serve.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from yuanmoe.serve.web.page import page_routes, read_page
 
@@ -75,6 +77,7 @@ def create_app(service: Service, metrics: Metrics, access: Access) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
         middleware=_middleware(access, metrics),
     )
+    app.router.route_class = bounded_route(max(MAX_VALUES, 2 * service.max_prompt_tokens))
     _add_errors(app)
     _add_completions(app, service)
     _add_tokens(app, service)
@@ -99,9 +102,10 @@ def _middleware(access: Access, metrics: Metrics) -> list[Middleware]:
     cors = Middleware(
         CORSMiddleware,
         allow_origins=list(access.cors_origins),
-        allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
-        expose_headers=["Retry-After"],
+        allow_methods=["GET", "HEAD", "POST"],
+        # Any: clients add their own, such as `x-stainless-lang`, and none of them opens anything here.
+        allow_headers=["*"],
+        expose_headers=["Retry-After", "X-Should-Retry"],
     )
     return [cors, gate]
 
@@ -117,7 +121,8 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         if isinstance(error.__cause__, ApiError):  # of the gate, while the body was read
             return error_response(error.__cause__)
-        message = f"{request.method} {request.url.path}: {error.detail}; /openapi.json lists what there is"
+        asked = clipped(f"{request.method} {request.url.path}", MAX_PARAM_BYTES)
+        message = f"{asked}: {error.detail}; /openapi.json lists what there is"
         if error.status_code == 400:
             message = f"the body cannot be read: {type(error.__cause__).__name__}: {error.__cause__}"
         answer = error_response(ApiError(error.status_code, message))
@@ -167,9 +172,11 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             ids = await chat_ids(service, body.messages)
         else:
             text = body.prompt or ""
+            service.check_text(len(text))
             ids = await off_loop(lambda: tokenizer.encode(text), len(text))
         limit = service.config.max_position_embeddings
-        return json_response({"tokens": ids, "count": len(ids), "max_model_len": limit})
+        named = {"count": len(ids), "max_model_len": limit}
+        return Response(await off_loop(lambda: ids_first(ids, named), len(ids)), media_type="application/json")
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:

@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from yuanmoe.errors import UsageError
+from yuanmoe.http.answers import json_response
 from yuanmoe.serve.core.service import Service, off_loop
 from yuanmoe.serve.openai.chat_answer import ChatAnswer
-from yuanmoe.serve.openai.events import EventStream, json_response, with_reader
+from yuanmoe.serve.openai.events import EventStream, with_reader
 from yuanmoe.serve.openai.schema import ChatRequest, Content, Message, SchemaFormat, ToolMessage
 from yuanmoe.serve.openai.structured import Grammar, json_grammar
 from yuanmoe.serve.openai.tools import RESULT, Tools, call_text, chosen_tools
@@ -39,10 +40,12 @@ async def chat_completion(service: Service, body: ChatRequest, request: Request)
 
 async def chat_ids(service: Service, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
     """The prompt that asks for the answer, however long. Raises UsageError where there is none."""
-    turns = [_turn(message) for message in messages]
+    # Off the event loop where there is much: arguments of calls are JSON inside JSON.
+    turns = await off_loop(lambda: [_turn(message) for message in messages], sum(map(_characters, messages)))
     if tools is not None:
         turns.insert(0, {"role": "system", "content": tools.prompt()})
     characters = sum(len(turn["content"]) for turn in turns)
+    service.check_text(characters)
     return await off_loop(lambda: encode_chat(service.tokenizer, turns), characters)
 
 
@@ -55,6 +58,12 @@ def _turn(message: Message) -> dict[str, str]:
         calls = [call_text(call) for call in message.tool_calls or []]
         return {"role": "assistant", "content": "\n".join([*([text] if text else []), *calls])}
     return {"role": "system" if message.role == "developer" else message.role, "content": text}
+
+
+def _characters(message: Message) -> int:
+    calls = message.tool_calls or [] if message.role == "assistant" else []
+    parts = 0 if isinstance(message.content, str) or message.content is None else len(message.content)
+    return 64 + 64 * parts + sum(len(call.function.arguments) for call in calls)
 
 
 def _text(content: Content | None) -> str:

@@ -69,7 +69,7 @@ class _Choice:
     """One answer: its text, calls, log-probabilities and routing."""
 
     def __init__(self, service: Service, ids: Sequence[int], body: ChatRequest, parse_calls: bool) -> None:
-        self.answer = Answer(service.tokenizer, ids[-1], stop_texts(body))
+        self.answer = Answer(service.tokenizer, ids, stop_texts(body))
         self._tokenizer = service.tokenizer
         self._calls = CallParser() if parse_calls else None
         self._num_calls = 0

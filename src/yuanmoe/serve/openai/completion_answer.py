@@ -14,6 +14,7 @@ from yuanmoe.serve.core.routing import encode_routings
 from yuanmoe.serve.core.service import Service, new_id, stop_texts, updates, usage
 from yuanmoe.serve.openai.events import event
 from yuanmoe.serve.openai.schema import CompletionRequest
+from yuanmoe.text.answer_text import unfinished_bytes
 
 
 class CompletionAnswer:
@@ -64,7 +65,7 @@ class _Choice:
     """One answer, after its prompt where that is echoed."""
 
     def __init__(self, service: Service, ids: Sequence[int], body: CompletionRequest, index: int) -> None:
-        self.answer = Answer(service.tokenizer, ids[-1], stop_texts(body))
+        self.answer = Answer(service.tokenizer, ids, stop_texts(body))
         self._tokenizer = service.tokenizer
         self._ids = ids
         self._index = index
@@ -84,7 +85,10 @@ class _Choice:
         text = ""
         if self._echo:
             self._echo = False
+            # A character that the prompt begins and the answer ends is the answer's.
             text = self._tokenizer.decode(self._ids)
+            if not self._scoring and unfinished_bytes(self._tokenizer, self._ids):
+                text = text[:-1]
             self._list_prompt()
         if not self._scoring:
             text += delta.text

@@ -6,9 +6,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from yuanmoe.errors import UsageError
+from yuanmoe.http.answers import json_response
 from yuanmoe.serve.core.service import Service, off_loop
 from yuanmoe.serve.openai.completion_answer import CompletionAnswer
-from yuanmoe.serve.openai.events import EventStream, json_response, with_reader
+from yuanmoe.serve.openai.events import EventStream, with_reader
 from yuanmoe.serve.openai.schema import MAX_CHOICES, CompletionRequest
 
 
@@ -56,6 +57,8 @@ def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
 
 async def _prompt_ids(service: Service, prompt: str | list[int], suffix: str | None) -> list[int]:
     tokenizer = service.tokenizer
+    if isinstance(prompt, str):
+        service.check_text(len(prompt) + len(suffix or ""))
     if suffix is not None:
         if not isinstance(prompt, str):
             raise UsageError("suffix needs a prompt of text, not of token ids")

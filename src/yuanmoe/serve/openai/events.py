@@ -1,12 +1,7 @@
-"""Responses as they go out: JSON, errors, and streams of server-sent events that end when their reader goes.
-
-JSON is ASCII: no lone surrogate of a request can break its error, and no reader that splits lines at U+2028 a stream.
-"""
+"""Streams of server-sent events, which end when their reader goes; work for somebody who waits."""
 
 import asyncio
 import contextlib
-import json
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -14,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from yuanmoe.http.answers import dumps, logged
+from yuanmoe.http.errors import ApiError
 from yuanmoe.serve.core.job import Job
-from yuanmoe.serve.openai.errors import ApiError, api_error
 
 KEEP_ALIVE_S = 15.0
 """A stream says something this often, or proxies take it for dead while a long prompt is read."""
@@ -23,32 +19,7 @@ KEEP_ALIVE_S = 15.0
 LAST_WORD_S = 1.0
 """How long the last event may take to leave."""
 
-ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-
 T = TypeVar("T")
-log = logging.getLogger(__name__)
-
-
-def dumps(value: Any) -> bytes:
-    return ENCODER.encode(value).encode()
-
-
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(dumps(value), status, headers, media_type="application/json")
-
-
-def error_response(error: Exception) -> Response:
-    """The answer to an error."""
-    answer = logged(error)
-    return json_response(answer.body, answer.status, answer.headers)
-
-
-def logged(error: Exception) -> ApiError:
-    """The error for who asked; one that is ours goes to the log with its traceback."""
-    answer = api_error(error)
-    if answer.status == 500:
-        log.error("a request failed", exc_info=error)
-    return answer
 
 
 def event(value: Any) -> bytes:

@@ -11,11 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_CHOICES = 16
 """Answers to one prompt, and prompts of one request: each takes a place of its own in the engine's batch."""
 MAX_TEXT_LOGPROBS = 20
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+"""Of one message's content; calls of one message as well."""
+MAX_STOP_CHARACTERS = 1024
+
+# Lists end at their first error (fail_fast) and are bounded before they are looked at: each error of each branch of a
+# union would be an object of its own.
 
 SamplingSeed = Annotated[int, Field(ge=0, lt=2**63)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Prompts = Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
-StopTexts = str | Annotated[list[str], Field(max_length=16)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
+PromptTexts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
+PromptIds = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
+Prompts = PromptTexts | PromptIds
+StopText = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+StopTexts = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)]
 
 
 class Strict(BaseModel):
@@ -85,7 +95,7 @@ class ToolCall(Strict):
     function: Function
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)]
 
 
 class SystemMessage(Strict):
@@ -105,7 +115,7 @@ class AssistantMessage(Strict):
     content: Content | None = None
     name: str | None = None
     refusal: None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)] | None = None
 
 
 class ToolMessage(Strict):
@@ -115,6 +125,7 @@ class ToolMessage(Strict):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
 class FunctionTool(Strict):
@@ -157,12 +168,12 @@ class SchemaFormat(Strict):
 class ChatRequest(GenerationFields):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TEXT_LOGPROBS)
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = True
 
@@ -180,7 +191,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "TokenizeRequest":
@@ -193,4 +204,4 @@ class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from yuanmoe.errors import UsageError
+from yuanmoe.http.errors import ApiError
+from yuanmoe.http.json_body import parse_json
 from yuanmoe.serve.openai.schema import ChatRequest, FunctionTool, NamedTool, ToolCall
 from yuanmoe.serve.openai.structured import Grammar, json_schema, lark_grammar
 
@@ -96,8 +98,8 @@ def chosen_tools(body: ChatRequest) -> Tools | None:
 def call_text(call: ToolCall) -> str:
     """A call of an earlier answer, as the model writes it. Raises UsageError for arguments that are no JSON."""
     try:
-        arguments = json.loads(call.function.arguments)
-    except ValueError as error:
+        arguments = parse_json(call.function.arguments.encode(errors="replace"))
+    except ApiError as error:
         raise UsageError(f"the arguments of tool call {call.id!r} are no JSON: {error}") from None
     return OPEN + json.dumps({"name": call.function.name, "arguments": arguments}, ensure_ascii=False) + CLOSE
 

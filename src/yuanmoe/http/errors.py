@@ -1,15 +1,16 @@
 """What went wrong, in the shape that OpenAI clients read: one place that turns any error into a status and a body.
 
+Texts are clipped here, once for all: a message may quote what a stranger sent, which can be megabytes long.
+
 Source: the error object of the OpenAI API, `{"error": {"message", "type", "param", "code"}}`.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from yuanmoe.errors import ContextLengthError, UsageError, YuanError
-from yuanmoe.hints import closest
 
 KINDS = {
     400: "invalid_request_error",
@@ -24,6 +25,10 @@ KINDS = {
     503: "overloaded_error",
 }
 """Status: the error's type."""
+
+MAX_MESSAGE_BYTES = 1600
+MAX_PARAM_BYTES = 256
+"""In UTF-8, so that an error stays below 2 KiB for everybody who logs or shows it."""
 
 
 class ApiError(YuanError):
@@ -51,7 +56,9 @@ class ApiError(YuanError):
     @property
     def body(self) -> dict[str, Any]:
         kind = KINDS.get(self.status, "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else clipped(self.param, MAX_PARAM_BYTES)
+        message = clipped(str(self), MAX_MESSAGE_BYTES)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -60,6 +67,32 @@ class ApiError(YuanError):
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
         return headers
+
+
+def clipped(text: str, max_bytes: int) -> str:
+    """The text, or its beginning and its end with the number of characters between; half surrogates become `?`.
+
+    The bytes are those that JSON in ASCII takes, where a character outside ASCII takes six or twelve.
+    """
+    if len(text) <= max_bytes and len(_escaped(text)) <= max_bytes:
+        return text.encode(errors="replace").decode()
+    room = max_bytes - 40
+    begin, end = _beginning(text, room * 3 // 4), _beginning(text[::-1], room // 4)[::-1]
+    between = len(text) - len(begin) - len(end)
+    return f"{begin} ... ({between:,} characters) ... {end}".encode(errors="replace").decode()
+
+
+def _beginning(text: str, max_bytes: int) -> str:
+    size = 0
+    for count, character in enumerate(text[:max_bytes]):
+        size += len(_escaped(character))
+        if size > max_bytes:
+            return text[:count]
+    return text[:max_bytes]
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text)[1:-1]
 
 
 class UnavailableError(ApiError):
@@ -88,40 +121,3 @@ def _named_field(message: str) -> str | None:
     """The field that a message of SamplingParams starts with: `top_p is 3; it must be ...`."""
     named = re.match(r"([a-z_]+) is ", message)
     return named[1] if named else None
-
-
-def invalid_body(errors: Sequence[Any], body: Any, fields: Iterable[str] = ()) -> ApiError:
-    """What pydantic found, as one error that names the field; `fields` are those a misspelt name may have meant."""
-    # Of the branches of a union, the one that got furthest is what was meant.
-    first = max(errors, key=lambda error: len(_path(error, body)))
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
-    path = _path(first, body)
-    param = ".".join(map(str, path)) or None
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, _unknown_field(str(param), str(path[-1]), fields), param=param, code="unknown_field")
-    same = [error["msg"] for error in errors if _path(error, body) == path]
-    wanted = ", or: ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in same))
-    if param is None:
-        return ApiError(400, f"the body must be a JSON object, sent as application/json: {wanted}")
-    return ApiError(400, f"{param}: {wanted}", param=param)
-
-
-def _path(error: Any, body: Any) -> tuple[str | int, ...]:
-    """Where in the body an error lies; pydantic's own names for the branches of a union are left out."""
-    path: list[str | int] = []
-    place = body
-    steps = [step for step in error["loc"] if step != "body"]
-    for step in steps:
-        inside = isinstance(place, dict) and step in place
-        if inside or (isinstance(place, list) and isinstance(step, int) and step < len(place)):
-            path.append(step)
-            place = place[step]
-    if error["type"] == "missing" and steps:
-        path.append(steps[-1])
-    return tuple(path)
-
-
-def _unknown_field(param: str, name: str, fields: Iterable[str]) -> str:
-    close = closest(name, fields)
-    return f"unknown field {param!r}; " + ("leave it out" if close is None else f"did you mean {close!r}?")
