@@ -81,7 +81,8 @@ class TrainingView:
         dead = sum(layer.dead_experts for layer in reading.balance)
         return (
             f"{progress.elapsed_s:4.0f} s, {progress.share:4.0%}: {progress.tokens:,} tokens, "
-            f"loss {_nats(reading.loss)}{heldout}, {self._speed(reading)}, busiest expert {worst:.1f} x even, {dead} dead"
+            f"loss {_nats(reading.loss)}{heldout}, {self._speed(reading)}, "
+            f"busiest expert {worst:.1f} x even, {dead} dead"
         )
 
     def _speed(self, reading: MeterReading) -> str:
