@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from yuanmoe.train.run import TrainOptions
 
 
-def train(
+def train_recipe(
     recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
     data: Annotated[
         list[str] | None,
@@ -90,6 +90,10 @@ def train(
     if found["signal"]:
         console.print(f"stopped by a signal and saved; the same command with --resume goes on: {found['checkpoint']}")
         raise typer.Exit(128 + found["signal"])
+
+
+train = train_recipe
+"""The name in the table of commands; in the package `train` is the library's."""
 
 
 def read_places(words: list[str]) -> list[tuple[float, Path]]:

@@ -63,5 +63,5 @@ class TerminalObserver(ExitStack):
 
     def doing(self, what: str) -> AbstractContextManager[Any]:
         """Shows what takes long, once the steps are over and before they begin."""
-        self.pop_all().close()
+        self.close()
         return self.console.status(what)
