@@ -58,8 +58,9 @@ class TerminalObserver(ExitStack):
             self._run.stop(self._interrupt.number)
 
     def said(self, message: str) -> None:
-        """Prints a message beside the display."""
-        self.console.print(f"  {message}", soft_wrap=True, markup=False)
+        """Prints a message, indented as the display is once there is one."""
+        indent = "" if self._run is None else "  "
+        self.console.print(f"{indent}{message}", soft_wrap=True, markup=False)
 
     def doing(self, what: str) -> AbstractContextManager[Any]:
         """Shows what takes long, once the steps are over and before they begin."""
