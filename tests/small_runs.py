@@ -1,25 +1,24 @@
 """Small training runs for tests: a text that can be learned, a recipe for it, and the same as a folder of tokens."""
 
 import dataclasses
-import io
 import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from small_documents import Lists
 from small_tokenizers import TEXTS, bpe
 from yuanmoe.cli import main
-from yuanmoe.cli.train.job import TrainingJob
 from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, WeightedDocuments, measuring_windows
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.presets import preset
+from yuanmoe.train.desk import TrainingJob
 from yuanmoe.train.recipe.recipe import DataSettings, OptimizerSettings, Recipe, RunSettings, ScheduleSettings
 from yuanmoe.train.recipe.recipes import named
 from yuanmoe.train.recipe.settings import override
+from yuanmoe.train.run import QuietObserver, Run
 from yuanmoe.train.start.data import open_data
 from yuanmoe.train.start.model import new_model
 from yuanmoe.train.steps.loop import Training
@@ -92,12 +91,21 @@ TINY = (
 """Settings that make `nano` twenty steps of milliseconds."""
 
 
-def job(data: Path, folder: Path, *settings: str, **changes) -> TrainingJob:
-    """A tiny run on a folder of tokens, which shows itself in a text."""
+class Listener(QuietObserver):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def said(self, message: str) -> None:
+        self.messages.append(message)
+
+
+def job(data: Path, folder: Path, *settings: str, **changes) -> Run:
+    """A tiny run on a folder of tokens."""
     made = override(named("nano"), (*TINY, *settings))
-    console = Console(file=io.StringIO(), width=200)
     opened = open_data([(1.0, data)], made)
-    return TrainingJob(model=new_model(made), recipe=made, data=opened, folder=folder, console=console, **changes)
+    return Run(TrainingJob(model=new_model(made), recipe=made, data=opened, folder=folder, **changes), Listener())
 
 
 def arguments(data: Path, out: Path, *options: str, settings: tuple[str, ...] = ()) -> list[str]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from yuanmoe.estimate import plan_model as plan
     from yuanmoe.lm import Completion, LanguageModel, Stream, load
     from yuanmoe.presets import preset
-    from yuanmoe.train.run import Run, train  # pyright: ignore[reportMissingImports]
+    from yuanmoe.train.run import Run, train
 
     __version__: str
 

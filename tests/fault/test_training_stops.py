@@ -16,7 +16,6 @@ from yuanmoe.checkpoint.formats.native_config import Origin
 from yuanmoe.checkpoint.write import writer
 from yuanmoe.cli import main
 from yuanmoe.cli.train import view as training_view
-from yuanmoe.cli.train.job import run_training
 from yuanmoe.data.prepare.pack import pack_texts
 from yuanmoe.data.sets.megatron import write_megatron
 from yuanmoe.data.sets.packed import PackedTokens
@@ -40,8 +39,8 @@ def data(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
-def seen(console):
-    return " ".join(console.file.getvalue().split())
+def seen(run):
+    return " ".join(run.observer.messages)
 
 
 # --- losses that must not be learned from -----------------------------------------------------------------------------
@@ -65,7 +64,7 @@ def test_a_loss_that_is_no_number_stops_with_the_state_before_it(value, monkeypa
     spoil(monkeypatch, loss=torch.tensor(value))
     folder = tmp_path / "run"
     with pytest.raises(TrainingError) as caught:
-        run_training(job(data, folder))
+        job(data, folder).go()
     said = str(caught.value)
     assert f"step 8: the loss is {value}; gradient norm " in said
     assert "batch 7, where the windows with the highest loss are " in said
@@ -74,11 +73,11 @@ def test_a_loss_that_is_no_number_stops_with_the_state_before_it(value, monkeypa
     monkeypatch.undo()
     again = job(data, folder, resumed_from=newest(folder / "checkpoints"))
     whole = job(data, tmp_path / "whole")
-    again.model.load_state_dict(weights(folder))
-    run_training(again)
-    run_training(whole)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], tensor), name
+    again.job.model.load_state_dict(weights(folder))
+    again.go()
+    whole.go()
+    for name, tensor in whole.job.model.state_dict().items():
+        assert torch.equal(again.job.model.state_dict()[name], tensor), name
 
 
 def weights(folder):
@@ -164,11 +163,11 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(monkeypatch, data, 
     full_disk(monkeypatch, 3)
     folder = tmp_path / "run"
     made = job(data, folder, "run.checkpoint_steps=4", "run.keep_last=9")
-    run_training(made)
+    made.go()
     # Two files each: the second of step 8 had no room.
     assert steps(folder / "checkpoints") == [4, 10, 12, 16, 20]
     assert not list((folder / "checkpoints").glob("*.partial"))
-    said = seen(made.console)
+    said = seen(made)
     assert "a checkpoint was not written: the disk is full: No space left on device" in said
     assert "the last good one is step-4. Training goes on and tries again at the next" in said
 
@@ -176,7 +175,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(monkeypatch, data, 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(monkeypatch, data, tmp_path):
     full_disk(monkeypatch, *range(2, 40))
     with pytest.raises(ResourceError, match="the disk is full: No space left on device"):
-        run_training(job(data, tmp_path / "run"))
+        job(data, tmp_path / "run").go()
     assert steps(tmp_path / "run" / "checkpoints") == [10]
     assert len(read_metrics(tmp_path / "run")) == 20
 

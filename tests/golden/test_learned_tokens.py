@@ -13,6 +13,7 @@ from yuanmoe.train.state.stored import TENSORS, Stored
 from yuanmoe.train.steps import guard
 from yuanmoe.train.steps.loop import Training, place_in_text
 from yuanmoe.train.steps.meter import metrics, read
+from yuanmoe.train.steps.optim import SUMMED_AT_ONCE, square_sum
 
 
 def learned_every_second(made):
@@ -82,6 +83,14 @@ def test_a_run_goes_on_at_the_next_sample_with_batches_of_another_size(batch_siz
     assert progress[0].share == pytest.approx(LENGTH * (3 * BATCH + batch_size) / other.schedule.max_tokens)
     before = {name: value for name, value in facts.items() if name not in ("samples", "tokens")}
     assert place_in_text(other, before) == (3 * BATCH, 3 * BATCH * LENGTH)
+
+
+def test_a_norm_is_exact_where_float32_cannot_add():
+    values = torch.full((3 * SUMMED_AT_ONCE,), 1e-4)
+    values[0] = 4e3
+    exact = 16e6 + (3 * SUMMED_AT_ONCE - 1) * float(values[1]) ** 2
+    assert square_sum(values).item() == pytest.approx(exact, rel=1e-12)
+    assert square_sum(torch.tensor([1e30, 1e30])).item() == pytest.approx(2e60, rel=1e-6)
 
 
 def test_a_run_of_one_step_learns():

@@ -26,7 +26,8 @@ from yuanmoe.units import format_size
 
 _MARKER = "unfinished.txt"
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk without room."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -158,7 +159,7 @@ def disk_errors(partial: Path, kind: Kind = CHECKPOINT) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise kind.error(f"writing {partial} failed: {error}") from error
         raise ResourceError(
             f"the disk is full: {error.strerror} in {partial}. What is finished is kept there; "

@@ -148,15 +148,18 @@ def make_model(folder: Path, recipe: Recipe, console: Console) -> dict[str, Any]
     """model/: trained on the tokens and saved in the official layout with its tokenizer; run/: how that went."""
     # Torch takes seconds to import: too long for those before it, and for `--help`.
     from yuanmoe.checkpoint.write.save import save_official
-    from yuanmoe.cli.train.job import TrainingJob, run_training
+    from yuanmoe.cli.train.job import TerminalObserver
+    from yuanmoe.train.desk import TrainingJob
+    from yuanmoe.train.run import Run
     from yuanmoe.train.start.data import open_data
     from yuanmoe.train.start.model import new_model
 
     data = open_data([(1.0, folder / "tokens")], recipe)
     console.print(f"  model      {describe_model(recipe.model)}", soft_wrap=True)
     model = new_model(recipe)
-    job = TrainingJob(model=model, recipe=recipe, data=data, folder=folder / "run", console=console, keeps=False)
-    found = run_training(job)
+    job = TrainingJob(model=model, recipe=recipe, data=data, folder=folder / "run", keeps=False)
+    with TerminalObserver(console) as observer:
+        found = Run(job, observer).go() | {"peak_flops_per_s": observer.peak_flops}
     save_official(model.state_dict(), recipe.model, folder / "model", companions=folder / "tokenizer", overwrite=True)
     return found
 

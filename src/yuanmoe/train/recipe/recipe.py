@@ -15,6 +15,9 @@ from yuanmoe.errors import ConfigError
 from yuanmoe.model.lora.targets import LoraSettings
 
 Precision = Literal["float32", "bfloat16"]
+MOST_SEED = 2**63 - 1
+"""What generators of random numbers take."""
+
 Shape = Literal["cosine", "constant", "wsd"]
 
 
@@ -163,6 +166,8 @@ class RunSettings:
         _choice(self, "dtype", Precision)
         _positive(self, "embedding_std", "milestones", "checkpoint_steps", "keep_last", "spike", "sample_tokens")
         _not_negative(self, "seed")
+        if self.seed > MOST_SEED:
+            raise ConfigError(f"run.seed is {self.seed:,}; it must be at most {MOST_SEED:,} (2^63 - 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

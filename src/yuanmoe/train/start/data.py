@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from yuanmoe.checkpoint.open import OpenCheckpoint
 from yuanmoe.data.loader.fim import FillInMiddle
 from yuanmoe.data.loader.loader import Batch, Loader, LoaderOptions, WeightedDocuments, measuring_windows
 from yuanmoe.data.sets.datasets import check_datasets_fit, open_documents
 from yuanmoe.data.sets.manifest import MANIFEST
 from yuanmoe.data.sets.packed import PackedTokens
-from yuanmoe.errors import DataError
+from yuanmoe.errors import DataError, TokenizerError
 from yuanmoe.text.tokenizer import Tokenizer, load_tokenizer
 from yuanmoe.train.recipe.recipe import Recipe
 
@@ -47,12 +48,14 @@ def open_data(
     *,
     heldout: Sequence[Path] = (),
     tokenizer: Path | None = None,
+    model: OpenCheckpoint | None = None,
 ) -> TrainingData:
     """The data in `places`, with their weights, checked against the recipe's model.
 
     A place is a dataset, a Megatron pair, or a folder of two datasets, `train` and `heldout`. The tokenizer of the
     first dataset serves where none is named. Raises DataError for missing or damaged datasets, for too little text
-    and for text of another tokenizer, and TokenizerError for a tokenizer of another model.
+    and for text of another tokenizer, and TokenizerError for a tokenizer of another model: that of the checkpoint
+    `model`, where it has one.
     """
     trained = [
         WeightedDocuments(documents=open_documents(_part(path, TRAIN)), weight=weight) for weight, path in places
@@ -61,6 +64,8 @@ def open_data(
     measured = [WeightedDocuments(documents=open_documents(_part(path, HELDOUT))) for path in [*beside, *heldout]]
     words = tokenizer or _tokenizer_of(trained)
     loaded = load_tokenizer(words)
+    if model is not None:
+        _check_model_tokenizer(model, loaded, words)
     options = _options(recipe, loaded)
     check_datasets_fit([*trained, *measured], options, recipe.model, loaded)
     loader = Loader(trained, options)
@@ -83,6 +88,25 @@ def _tokenizer_of(sources: Sequence[WeightedDocuments]) -> Path:
         if isinstance(source.documents, PackedTokens):
             return source.documents.path
     raise DataError(f"{sources[0].documents.name} does not say which tokenizer made it; name it with --tokenizer")
+
+
+def _check_model_tokenizer(model: OpenCheckpoint, tokenizer: Tokenizer, place: Path) -> None:
+    """Raises TokenizerError where a checkpoint was trained on the ids of another tokenizer, whatever the sizes are."""
+    try:
+        own = load_tokenizer(model.path)
+    except TokenizerError:
+        return  # It has none: then the sizes and <eod> are all that can be compared.
+    if own.sha256 != tokenizer.sha256 and _texts(own) != _texts(tokenizer):
+        raise TokenizerError(
+            f"the model in {model.path} has another tokenizer than the data: sha256 {own.sha256[:12]}, that of "
+            f"{place} is {tokenizer.sha256[:12]}; pack the text with the model's: "
+            f"yuanmoe data pack ... --tokenizer {model.path}"
+        )
+
+
+def _texts(tokenizer: Tokenizer) -> list[bytes]:
+    """What each id stands for: files of one tokenizer in two formats agree in it."""
+    return [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
 
 
 def _options(recipe: Recipe, tokenizer: Tokenizer) -> LoaderOptions:

@@ -44,7 +44,7 @@ from yuanmoe.storage.folder import disk_errors
 from yuanmoe.storage.json_file import read_json
 from yuanmoe.train.parallel.ranks import ALONE, Ranks, new_group
 from yuanmoe.train.parallel.shard import whole_weights
-from yuanmoe.train.state.stored import TENSORS, piece_name
+from yuanmoe.train.state.stored import TENSORS, check_whole, piece_name
 
 FACTS = "training.json"
 PREFIX = "step-"
@@ -190,7 +190,7 @@ class Checkpoints:
 
     def save(self, taken: Snapshot) -> None:
         """Begins to write a snapshot once the one before it is written; a failure is said, and training may go on."""
-        self._settle()
+        self.settle()
         self._writing = self._thread.submit(self._write, taken)
 
     def finish(self) -> Path:
@@ -199,7 +199,7 @@ class Checkpoints:
         self._writing.result()
         return newest(self._folder)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Waits for the save under way."""
         if self._writing is None:
             return
@@ -269,6 +269,42 @@ class Checkpoints:
 
     def _place(self, step: int) -> Path:
         return self._folder / f"{PREFIX}{step}"
+
+
+def newest_whole(folder: Path) -> Path:
+    """The last checkpoint of a run, once its files are found to be what was written.
+
+    Raises CheckpointError where there is none, or where it is damaged: the message names the newest that is not.
+    """
+    found = newest(folder)
+    try:
+        read_facts(found)
+        check_whole(found)
+    except CheckpointError as error:
+        whole = next((step for step in reversed(steps(folder)[:-1]) if _is_whole(folder / f"{PREFIX}{step}")), None)
+        way_out = (
+            f"{PREFIX}{whole} is whole: move {found} away, and the same command goes on from step {whole}"
+            if whole is not None
+            else "no other checkpoint of this run is whole: start over with --overwrite"
+        )
+        raise CheckpointError(f"{error}. {way_out}") from error
+    return found
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_facts(path)
+        check_whole(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def not_finite(taken: Snapshot) -> str:
+    """A tensor of a snapshot that holds something other than finite numbers; empty where there is none."""
+    tensors = {**taken.weights, **taken.tensors}
+    bad = (name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all())
+    return next(bad, "")
 
 
 def surplus(facts: Mapping[int, Mapping[str, Any]], keep_last: int) -> list[int]:

@@ -5,6 +5,7 @@ One process writes `training.safetensors` with whole tensors. Of several, each w
 `exp_avg.model.norm.weight@512`. Whoever reads wants ranges of its own, so that ranks may become more or fewer.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from yuanmoe.checkpoint.files.lazy import LazyTensor
 from yuanmoe.checkpoint.files.safetensors_file import open_safetensors
 from yuanmoe.errors import CheckpointError
+from yuanmoe.storage.manifest import Manifest
 
 TENSORS = "training.safetensors"
 
@@ -65,6 +67,19 @@ class Stored(Mapping[str, Tensor]):
         if at < start + length:
             raise CheckpointError(f"{self._path} has no elements of {name} from {at} on; a piece of it is missing")
         return torch.cat(found) if found else torch.empty(0)
+
+
+def check_whole(path: Path) -> None:
+    """Raises CheckpointError where a file of a checkpoint is not what was written, by its size and sha256."""
+    manifest = Manifest.read(path)
+    for name, entry in sorted((manifest.shards if manifest else {}).items()):
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{file} is damaged: it has {size or 0} bytes, {entry['bytes']} were written")
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
+                raise CheckpointError(f"{file} is damaged: its sha256 is not that of what was written")
 
 
 def _files(path: Path) -> list[Path]:

@@ -15,6 +15,9 @@ from yuanmoe.train.parallel.ranks import ALONE, Ranks
 from yuanmoe.train.recipe.recipe import OptimizerSettings
 from yuanmoe.train.state.stored import Stored, state_key
 
+SUMMED_AT_ONCE = 2**22
+"""Elements of a gradient that are in float64 at a time."""
+
 _MASTER, _MEAN, _SQUARE = "master.", "exp_avg.", "exp_avg_sq."
 
 
@@ -96,15 +99,19 @@ class Optimizer:
     def _norm(self) -> Tensor:
         """Of the gradient of all parameters, each element counted once."""
         gradients = [(part.master.grad, part.holders) for part in self._parts.values() if part.master.grad is not None]
-        if self._ranks.everyone is None:
-            return nn.utils.get_total_norm([gradient for gradient, _ in gradients])
-        squares = [gradient.square().sum(dtype=torch.float64) / holders for gradient, holders in gradients]
+        squares = [square_sum(gradient) / holders for gradient, holders in gradients]
         return self._ranks.sum(torch.stack(squares).sum()).sqrt().float()
 
     @torch.no_grad()
     def _publish(self) -> None:
         for part in self._parts.values():
             part.publish()
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """The sum of squares as float64: a sum in float32 is off by more than 1e-6 at 1e9 elements; in chunks of memory."""
+    flat = values.detach().flatten()
+    return torch.stack([chunk.double().square().sum() for chunk in flat.split(SUMMED_AT_ONCE)]).sum()
 
 
 def param_groups(
