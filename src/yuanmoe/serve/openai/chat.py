@@ -12,7 +12,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.serve.core.service import Service, off_loop
 from yuanmoe.serve.openai.chat_answer import ChatAnswer
 from yuanmoe.serve.openai.events import EventStream, json_response, with_reader
-from yuanmoe.serve.openai.schema import ChatRequest, Content, Message, SchemaFormat, ToolMessage
+from yuanmoe.serve.openai.schema import ChatRequest, Message, RefusalPart, SchemaFormat, TextPart, ToolMessage
 from yuanmoe.serve.openai.structured import Grammar, json_grammar
 from yuanmoe.serve.openai.tools import RESULT, Tools, call_text, chosen_tools
 from yuanmoe.text.chat import encode_chat
@@ -52,15 +52,16 @@ def _turn(message: Message) -> dict[str, str]:
     if isinstance(message, ToolMessage):
         return {"role": "user", "content": RESULT.format(text)}
     if message.role == "assistant":
+        text = text or message.refusal or ""
         calls = [call_text(call) for call in message.tool_calls or []]
         return {"role": "assistant", "content": "\n".join([*([text] if text else []), *calls])}
     return {"role": "system" if message.role == "developer" else message.role, "content": text}
 
 
-def _text(content: Content | None) -> str:
+def _text(content: str | Sequence[TextPart | RefusalPart] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    return "".join(part.text for part in content)
+    return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
 
 
 def _grammar(body: ChatRequest, tools: Tools | None) -> Grammar | None:

@@ -75,7 +75,7 @@ class Tools:
 def chosen_tools(body: ChatRequest) -> Tools | None:
     """The tools that a request lets the model use. Raises UsageError for a choice that makes no sense."""
     choice = body.tool_choice or "auto"
-    if body.tools is None:
+    if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
             raise UsageError("tool_choice needs tools; describe them, or leave it out")
         return None
@@ -96,7 +96,7 @@ def chosen_tools(body: ChatRequest) -> Tools | None:
 def call_text(call: ToolCall) -> str:
     """A call of an earlier answer, as the model writes it. Raises UsageError for arguments that are no JSON."""
     try:
-        arguments = json.loads(call.function.arguments)
+        arguments = json.loads(call.function.arguments) if call.function.arguments.strip() else {}
     except ValueError as error:
         raise UsageError(f"the arguments of tool call {call.id!r} are no JSON: {error}") from None
     return OPEN + json.dumps({"name": call.function.name, "arguments": arguments}, ensure_ascii=False) + CLOSE
