@@ -46,6 +46,8 @@ class Service:
     """Room for keys and values of all sequences."""
     timeout_s: float
     """Of a whole answer."""
+    strict_max_tokens: bool = False
+    """Whether a request for more tokens than fit is refused; else it gets what fits."""
     created: int = field(default_factory=lambda: int(time.time()))
     _grammars: Grammars | None = None
     _grammars_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -79,6 +81,24 @@ class Service:
                 f"shorten it by {len(ids) - self.max_prompt_tokens:,} tokens"
             )
 
+    def fitting(self, ids: Sequence[int], max_new_tokens: int | None) -> int | None:
+        """As many new tokens as were asked for, or as fit behind the prompt; where none fits, the engine refuses."""
+        room = min(self.config.max_position_embeddings, self.cache_tokens) - len(ids)
+        if max_new_tokens is None or self.strict_max_tokens or room < 1:
+            return max_new_tokens
+        return min(max_new_tokens, room)
+
+    def warnings(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None) -> dict[str, list[str]]:
+        """What an answer says of a limit that was larger than the room; nothing where it fits."""
+        given = [self.fitting(ids, max_new_tokens) for ids in prompts]
+        cut = [fits for fits in given if fits is not None and fits != max_new_tokens]
+        if not cut or max_new_tokens is None:
+            return {}
+        text = (
+            f"max_tokens is {max_new_tokens:,}; behind the prompt {min(cut):,} fit, where the answer ends at the latest"
+        )
+        return {"warnings": [text]}
+
     async def begin(
         self,
         prompts: Sequence[Sequence[int]],
@@ -92,9 +112,9 @@ class Service:
         """Hands `body.n` requests for each prompt to the engine, in this order. Raises as the engine does."""
         total = len(prompts) * body.n
         self.worker.check(total)
-        params = [self._params(body, max_new_tokens, place) for place in range(total)]
-        constraints = await self._constraints(grammar or _guided(body), total)
         repeated = [prompt for prompt in prompts for _ in range(body.n)]
+        params = [self._params(body, self.fitting(ids, max_new_tokens), place) for place, ids in enumerate(repeated)]
+        constraints = await self._constraints(grammar or _guided(body), total)
         return await self.worker.submit(
             [
                 Request(

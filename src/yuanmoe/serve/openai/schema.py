@@ -250,6 +250,10 @@ class ChatRequest(GenerationFields):
             )
         return self
 
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
 
 class TokenizeRequest(Strict):
     """`POST /tokenize`: a text, or the messages of a chat."""
