@@ -54,7 +54,7 @@ class Completion:
 class _Answer:
     """One completion as it grows, token by token."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: str | Sequence[str]) -> None:
         self.completion = Completion(prompt_tokens=len(prompt_ids))
         self.stops = StopStrings(stop)
         self._detokenizer = StreamingDetokenizer(tokenizer, skip_special=True, previous=prompt_ids[-1])
@@ -108,8 +108,8 @@ class LanguageModel:
     """A Yuan model that reads and writes text.
 
     `generate`, `chat`, `fill` and `stream` take the fields of `SamplingParams` as keywords (greedy by default, up to
-    `<eod>` or the end of the context), `stop`, strings that end an answer and are not part of it, and `routing`,
-    whether to say which experts each token visited.
+    `<eod>` or the end of the context), `stop`, one string or several that end an answer and are not part of it, and
+    `routing`, whether to say which experts each token visited.
     """
 
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, precision: Precision | None = None) -> None:
@@ -141,13 +141,13 @@ class LanguageModel:
         return self.model.config
 
     def generate(
-        self, prompt: Prompt, *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any
+        self, prompt: Prompt, *, stop: str | Sequence[str] = (), routing: bool = False, **sampling: Any
     ) -> Completion:
         """Continues a text. Raises UsageError and ContextLengthError before anything is computed."""
         return self.generate_batch([prompt], stop=stop, routing=routing, **sampling)[0]
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any
+        self, prompts: Sequence[Prompt], *, stop: str | Sequence[str] = (), routing: bool = False, **sampling: Any
     ) -> list[Completion]:
         """Continues several texts together, each as if it were alone."""
         generation, answers = self._start(prompts, stop, routing, sampling)
@@ -160,7 +160,9 @@ class LanguageModel:
             answer.completion.timing = generation.timing
         return [answer.completion for answer in answers]
 
-    def stream(self, prompt: Prompt, *, stop: Sequence[str] = (), routing: bool = False, **sampling: Any) -> Stream:
+    def stream(
+        self, prompt: Prompt, *, stop: str | Sequence[str] = (), routing: bool = False, **sampling: Any
+    ) -> Stream:
         """Continues a text, piece by piece. Raises as `generate` does, here and not while it runs."""
         generation, answers = self._start([prompt], stop, routing, sampling)
         return Stream(generation, answers[0])
@@ -195,7 +197,7 @@ class LanguageModel:
         return math.exp(-sum(logprobs) / len(logprobs))
 
     def _start(
-        self, prompts: Sequence[Prompt], stop: Sequence[str], routing: bool, sampling: dict[str, Any]
+        self, prompts: Sequence[Prompt], stop: str | Sequence[str], routing: bool, sampling: dict[str, Any]
     ) -> tuple[Generation, list[_Answer]]:
         ids = [self.text_ids(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         sampling.setdefault("stop_ids", (self.tokenizer.eod_id,))

@@ -300,8 +300,8 @@ def test_hostile_bodies_get_an_error_with_words(server: Running, name: str) -> N
         ),
         ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "2 functions with 1 names"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f"}}], "response_format": {"type": "json_object"}},
-            "response_format and tools exclude each other",
+            {"tools": [{"type": "function", "function": {"name": "f"}}], "guided_regex": "a"},
+            "guided_regex and tools exclude each other",
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "objet"}}}},
