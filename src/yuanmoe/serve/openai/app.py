@@ -21,6 +21,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from yuanmoe import __version__
 from yuanmoe.errors import YuanError
+from yuanmoe.serve.anthropic.messages import add_messages
+from yuanmoe.serve.anthropic.schema import CountRequest, MessagesRequest
 from yuanmoe.serve.core.gate import Gate
 from yuanmoe.serve.core.info import model_card, model_info
 from yuanmoe.serve.core.keys import ApiKeys, Client
@@ -36,6 +38,8 @@ from yuanmoe.serve.openai.schema import ChatRequest, CompletionRequest, Detokeni
 JSON_BODIES = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -79,6 +83,7 @@ def create_app(service: Service, metrics: Metrics, access: Access) -> FastAPI:
     )
     _add_errors(app)
     _add_completions(app, service)
+    add_messages(app, service)
     _add_tokens(app, service)
     _add_data(app, service, metrics)
     app.mount("/", _Page(directory=str(files("yuanmoe.serve") / "web"), html=True), name="page")

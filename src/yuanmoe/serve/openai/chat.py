@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from yuanmoe.errors import UsageError
+from yuanmoe.serve.core.job import Job
 from yuanmoe.serve.core.service import Service, off_loop
 from yuanmoe.serve.openai.chat_answer import ChatAnswer
 from yuanmoe.serve.openai.events import EventStream, json_response, with_reader
@@ -21,6 +22,14 @@ from yuanmoe.text.chat import encode_chat
 
 async def chat_completion(service: Service, body: ChatRequest, request: Request) -> Response:
     """The response to a chat request."""
+    chat, job = await ask(service, body)
+    if body.stream:
+        return EventStream(job, service.timeout_s, chat.events())
+    return json_response(await with_reader(request, job, service.timeout_s, chat.whole()))
+
+
+async def ask(service: Service, body: ChatRequest) -> tuple[ChatAnswer, Job]:
+    """The answer to a chat request that begins, and the job that it comes from."""
     service.check_model(body.model)
     tools = chosen_tools(body)
     ids = await chat_ids(service, body.messages, tools)
@@ -32,10 +41,7 @@ async def chat_completion(service: Service, body: ChatRequest, request: Request)
         top_logprobs=body.top_logprobs or 0,
         grammar=_grammar(body, tools),
     )
-    chat = ChatAnswer(service, ids, body, job, tools=tools)
-    if body.stream:
-        return EventStream(job, service.timeout_s, chat.events())
-    return json_response(await with_reader(request, job, service.timeout_s, chat.whole()))
+    return ChatAnswer(service, ids, body, job, tools=tools), job
 
 
 async def chat_ids(service: Service, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:

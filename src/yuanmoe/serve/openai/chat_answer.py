@@ -54,12 +54,21 @@ class ChatAnswer:
     async def events(self) -> AsyncIterator[bytes]:
         """The answers as they come; choices that move together leave together."""
         yield self._chunk([_part(index, {"role": "assistant", "content": ""}) for index in range(len(self._choices))])
+        async for parts in self.parts():
+            yield self._chunk(parts)
+        if self._with_usage:
+            yield self._event([], self.usage())
+
+    async def parts(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """The choices of the chunks of a stream, those that move together in one list."""
         async for moved in updates(self._job, self._answers):
             parts = [part for index, delta in moved for part in self._choices[index].parts(index, delta)]
             if parts:
-                yield self._chunk(parts)
-        if self._with_usage:
-            yield self._event([], usage([self._ids], self._answers))
+                yield parts
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far."""
+        return usage([self._ids], self._answers)
 
     def _chunk(self, parts: Sequence[dict[str, Any]]) -> bytes:
         # One choice an event, as clients are used to.
