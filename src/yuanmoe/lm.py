@@ -55,7 +55,7 @@ class Completion:
 class _Answer:
     """One completion as it grows, token by token."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: str | Sequence[str]) -> None:
         self.completion = Completion(prompt_tokens=len(prompt_ids))
         self.text = AnswerText(tokenizer, prompt_ids, stop)
 
@@ -106,8 +106,8 @@ class LanguageModel:
     """A Yuan model that reads and writes text.
 
     `generate`, `chat`, `fill` and `stream` take `AnswerOptions` as keywords: the fields of `SamplingParams` (greedy by
-    default, up to `<eod>` or the end of the context), `stop`, strings that end an answer and are not part of it, and
-    `routing`, whether to report which experts each token visited.
+    default, up to `<eod>` or the end of the context), `stop`, one string or several that end an answer and are not part
+    of it, and `routing`, whether to report which experts each token visited.
     """
 
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, precision: Precision | None = None) -> None:

@@ -36,15 +36,24 @@ def answer(server: Running, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def joined(events: list[str]) -> list[Any]:
-    """Events with those that only add text put together."""
+    """Events with those that only add text, or arguments of the same call, put together."""
     parts: list[Any] = []
     for data in events:
         part = data if data == "[DONE]" else settled(json.loads(data))
-        if parts and adds_text(part) and adds_text(parts[-1]):
+        if parts and calls(part) and calls(parts[-1]) and "id" not in calls(part)[0]:
+            calls(parts[-1])[-1]["function"]["arguments"] += calls(part)[0]["function"]["arguments"]
+        elif parts and adds_text(part) and adds_text(parts[-1]):
             add(parts[-1]["choices"][0], part["choices"][0])
         else:
             parts.append(part)
     return parts
+
+
+def calls(event: Any) -> list[dict[str, Any]]:
+    """What a chunk says of calls; their arguments come in as many pieces as time has it."""
+    if event == "[DONE]" or not event["choices"] or "delta" not in event["choices"][0]:
+        return []
+    return event["choices"][0]["delta"].get("tool_calls", [])
 
 
 def adds_text(event: Any) -> bool:

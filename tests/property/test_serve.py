@@ -17,7 +17,7 @@ from yuanmoe.errors import UsageError
 from yuanmoe.serve.core.answer import Answer, token_name
 from yuanmoe.serve.openai.schema import FunctionTool
 from yuanmoe.serve.openai.structured import Grammars, json_grammar, lark_grammar, regex_grammar
-from yuanmoe.serve.openai.tools import CLOSE, OPEN, CallParser, ParsedCall, Tools
+from yuanmoe.serve.openai.tools import CLOSE, OPEN, Arguments, CallBegin, CallParser, Tools
 
 
 @pytest.fixture(scope="module")
@@ -184,11 +184,40 @@ def test_calls_are_found_however_the_text_is_cut(parts, data) -> None:
     parser = CallParser()
     bounds = zip([0, *cuts], [*cuts, len(whole)], strict=True)
     found = [event for start, end in bounds for event in parser.push(whole[start:end])] + list(parser.flush())
-    calls = [event for event in found if isinstance(event, ParsedCall)]
-    assert [(call.name, json.loads(call.arguments)) for call in calls] == [p for p in parts if not isinstance(p, str)]
+    calls = [event for event in found if isinstance(event, CallBegin)]
+    assert read_calls(found) == [p for p in parts if not isinstance(p, str)]
     said = "".join(event for event in found if isinstance(event, str))
     assert "".join(said.split()) == "".join("".join(part for part in parts if isinstance(part, str)).split())
     assert len({call.id for call in calls}) == len(calls)
+
+
+def read_calls(found) -> list[tuple[str, dict]]:
+    calls: list[list[str]] = []
+    for event in found:
+        if isinstance(event, CallBegin):
+            calls.append([event.name, ""])
+        elif isinstance(event, Arguments):
+            calls[-1][1] += event.json
+    return [(name, json.loads(arguments)) for name, arguments in calls]
+
+
+@pytest.mark.parametrize("cut", range(len(OPEN), 60))
+def test_a_cut_call_is_a_call_with_what_was_written(cut: int) -> None:
+    whole = written("weather", {"city": "Jin", "d": [1, 2]})
+    parser = CallParser(["weather", "clock"])
+    found = [event for character in whole[:cut] for event in parser.push(character)] + list(parser.flush())
+    assert not [event for event in found if isinstance(event, str)]
+    names = [event.name for event in found if isinstance(event, CallBegin)]
+    assert names == (["weather"] if cut > len(OPEN + '{"name": "') else [])
+    arguments = "".join(event.json for event in found if isinstance(event, Arguments))
+    begin = whole.index('{"city')
+    assert arguments == whole[begin:cut].removesuffix("}" if cut == len(whole) else "")[: len(whole)]
+
+
+def test_an_answer_in_json_may_quote_a_call() -> None:
+    parser = CallParser(["f"], calls_first=True)
+    text = json.dumps({"a": OPEN + '{"name": "f", "arguments": {}}' + CLOSE})
+    assert "".join(map(str, [*parser.push(text[:9]), *parser.push(text[9:]), *parser.flush()])) == text
 
 
 def written(name: str, arguments: dict) -> str:

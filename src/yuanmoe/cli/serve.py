@@ -50,6 +50,9 @@ def serve(
     ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait beside those at work.")] = 256,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="By default what the context holds.")] = None,
+    strict_max_tokens: Annotated[
+        bool, typer.Option("--strict-max-tokens", help="Refuse a max_tokens above what fits, instead of giving that.")
+    ] = False,
     request_timeout: Annotated[float, typer.Option(min=1, help="Seconds that one answer may take.")] = 600.0,
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "4MiB",
     api_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Keys that may ask (yuanmoe api-key).")] = None,
@@ -72,7 +75,7 @@ def serve(
     # Before the weights are loaded, which may take minutes.
     with bind(host, port) as bound:
         folder = model_or_shipped(model)
-        model_id = model_name or folder.resolve().name
+        model_id = model_name or _model_id(folder)
         card = read_card(folder)
         lm, adapters = _load(console, folder, model_id, adapter or [], dtype, kv_dtype, device, threads)
         settings = Settings(
@@ -86,6 +89,7 @@ def serve(
             step_tokens=step_tokens or _step_tokens(lm, max_batch_size),
             max_queue=max_queue,
             max_prompt_tokens=max_prompt_tokens,
+            strict_max_tokens=strict_max_tokens,
             timeout_s=request_timeout,
             drain_s=drain,
         )
@@ -95,6 +99,16 @@ def serve(
         _greet(console, launched, url(bound), access, json_only)
         launched.server.run(sockets=[bound])
     _end(console, launched)
+
+
+def _model_id(path: Path) -> str:
+    """The name of a folder as it was given, links included; of a snapshot in a Hugging Face cache its repository's."""
+    # Not resolved: who made a link named the model.
+    absolute = Path(os.path.abspath(path))
+    cache = absolute.parent.parent
+    if absolute.parent.name == "snapshots" and cache.name.startswith("models--"):
+        return cache.name.removeprefix("models--").replace("--", "/")
+    return absolute.name
 
 
 def _load(

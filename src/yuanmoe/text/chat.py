@@ -14,7 +14,7 @@ from yuanmoe.text.tokenizer import Tokenizer
 ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, object]
-"""`{"role": "user", "content": "..."}`, as in the OpenAI API."""
+"""`{"role": "user", "content": "..."}`, as in the OpenAI API; contents may be lists of text parts."""
 
 AS_ROLES = {"developer": "system", "tool": "user"}
 """Roles of the OpenAI API that the models do not know, and what they are to them."""
@@ -77,23 +77,45 @@ def render_turns(messages: Sequence[Message], *, newline: Newline = "newline") -
     end = turn_end(newline)
     if not messages:
         raise UsageError("the conversation has 0 messages; it needs at least 1, from the user")
+    if isinstance(messages, str):
+        raise UsageError('the conversation is a text; give messages: [{"role": "user", "content": "..."}]')
+    roles = [_role(place, message) for place, message in enumerate(messages, start=1)]
     contents = [_content(place, message) for place, message in enumerate(messages, start=1)]
-    if messages[-1]["role"] != "user" or not contents[-1].strip():
+    if roles[-1] != "user" or not contents[-1].strip():
         raise UsageError(
-            f"message {len(messages)}, the last one, is from {messages[-1]['role']!r} and has "
+            f"message {len(messages)}, the last one, is from {roles[-1]!r} and has "
             f"{len(contents[-1].strip())} characters; the last message must be from 'user' and hold text"
         )
     turns = [
-        content + "\n" if message["role"] == "system" else content.strip() + end
-        for message, content in zip(messages[:-1], contents[:-1], strict=True)
+        content + "\n" if role == "system" else content.strip() + end
+        for role, content in zip(roles[:-1], contents[:-1], strict=True)
     ]
     return [*turns, contents[-1].strip()]
 
 
-def _content(place: int, message: Message) -> str:
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
+def _role(place: int, message: Message) -> str:
+    if not isinstance(message, Mapping):
+        raise UsageError(f'message {place} is of type {type(message).__name__}; write {{"role": ..., "content": ...}}')
+    role = message.get("role")
+    if role == "developer":
+        return "system"
+    if not isinstance(role, str) or role not in ROLES:
         raise UsageError(f"message {place} has the role {role!r}; it must be one of {', '.join(ROLES)}")
+    return role
+
+
+def _content(place: int, message: Message) -> str:
+    """The text of a message, the parts of one that has several joined."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(_part(place, part) for part in content)
     if not isinstance(content, str):
         raise UsageError(f"message {place} has content of type {type(content).__name__}; it must be text")
     return content
+
+
+def _part(place: int, part: object) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise UsageError(f'message {place} has a part that is no text; write {{"type": "text", "text": "..."}}')
+    return text

@@ -55,7 +55,9 @@ class StopStrings:
     of those that end together. One Knuth-Morris-Pratt automaton for each stop string, so a long one costs no more.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: str | Sequence[str]) -> None:
+        """One stop string, or several. Raises UsageError for one that is empty."""
+        stops = [stops] if isinstance(stops, str) else stops
         if "" in stops:
             which = f"stop string {list(stops).index('')}" if len(stops) > 1 else "the stop string"
             raise UsageError(f"{which} is empty, which would stop every answer at once")

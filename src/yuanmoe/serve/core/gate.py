@@ -105,7 +105,9 @@ class Gate:
             return None
         if not len(self._keys):
             return self._anyone
-        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # The second is how clients of Anthropic's API send it.
+        sent = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"
+        scheme, _, key = sent.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise ApiError(401, "no API key; send it as `Authorization: Bearer KEY`", code="missing_api_key")
         client = self._keys.client(key.strip())

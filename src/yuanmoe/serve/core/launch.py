@@ -48,6 +48,8 @@ class Settings:
     max_queue: int = 256
     """Sequences that may wait beside those at work."""
     max_prompt_tokens: int | None = None
+    strict_max_tokens: bool = False
+    """Whether a request for more tokens than fit behind its prompt is refused."""
     timeout_s: float = 600.0
     drain_s: int = 30
 
@@ -106,6 +108,7 @@ def launch_engine(
         adapters={name: offered(adapter, lm.config, fingerprint) for name, adapter in adapters.items()},
         max_prompt_tokens=min(settings.max_prompt_tokens or context, context),
         cache_tokens=tokens,
+        strict_max_tokens=settings.strict_max_tokens,
         timeout_s=settings.timeout_s,
         card=settings.card,
     )

@@ -56,6 +56,8 @@ class Service:
     """Of a whole answer."""
     card: UsageCard = field(default_factory=UsageCard)
     """What the checkpoint's makers say of its use."""
+    strict_max_tokens: bool = False
+    """Whether a request for more tokens than fit is refused; else it gets what fits."""
     created: int = field(default_factory=lambda: int(time.time()))
     _grammars: Grammars | None = None
     _compilers: Executor = field(default_factory=lambda: ThreadPoolExecutor(2, "grammar"))
@@ -100,6 +102,24 @@ class Service:
                 f"tokens, which hold at most {most:,} characters; shorten it"
             )
 
+    def fitting(self, ids: Sequence[int], max_new_tokens: int | None) -> int | None:
+        """As many new tokens as were asked for, or as fit behind the prompt; where none fits, the engine refuses."""
+        room = min(self.config.max_position_embeddings, self.cache_tokens) - len(ids)
+        if max_new_tokens is None or self.strict_max_tokens or room < 1:
+            return max_new_tokens
+        return min(max_new_tokens, room)
+
+    def warnings(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None) -> dict[str, list[str]]:
+        """What an answer says of a limit that was larger than the room; nothing where it fits."""
+        given = [self.fitting(ids, max_new_tokens) for ids in prompts]
+        cut = [fits for fits in given if fits is not None and fits != max_new_tokens]
+        if not cut or max_new_tokens is None:
+            return {}
+        text = (
+            f"max_tokens is {max_new_tokens:,}; behind the prompt {min(cut):,} fit, where the answer ends at the latest"
+        )
+        return {"warnings": [text]}
+
     async def begin(
         self,
         prompts: Sequence[Sequence[int]],
@@ -113,9 +133,9 @@ class Service:
         """Hands `body.n` requests for each prompt to the engine, in this order. Raises as the engine does."""
         total = len(prompts) * body.n
         self.worker.check(total)
-        params = [self._params(body, max_new_tokens, place) for place in range(total)]
-        constraints = await self._constraints(grammar or _guided(body), total)
         repeated = [prompt for prompt in prompts for _ in range(body.n)]
+        params = [self._params(body, self.fitting(ids, max_new_tokens), place) for place, ids in enumerate(repeated)]
+        constraints = await self._constraints(grammar or _guided(body), total)
         return await self.worker.submit(
             [
                 Request(

@@ -21,6 +21,8 @@ from yuanmoe.errors import YuanError
 from yuanmoe.http.answers import error_response, ids_first, json_response
 from yuanmoe.http.errors import MAX_PARAM_BYTES, ApiError, clipped
 from yuanmoe.http.json_body import MAX_VALUES, bounded_route
+from yuanmoe.serve.anthropic.messages import add_messages
+from yuanmoe.serve.anthropic.schema import CountRequest, MessagesRequest
 from yuanmoe.serve.core.gate import Gate
 from yuanmoe.serve.core.info import model_card, model_info
 from yuanmoe.serve.core.keys import ApiKeys, Client
@@ -36,6 +38,8 @@ from yuanmoe.serve.web.page import page_routes, read_page
 JSON_BODIES = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -80,6 +84,7 @@ def create_app(service: Service, metrics: Metrics, access: Access) -> FastAPI:
     app.router.route_class = bounded_route(max(MAX_VALUES, 2 * service.max_prompt_tokens))
     _add_errors(app)
     _add_completions(app, service)
+    add_messages(app, service)
     _add_tokens(app, service)
     _add_data(app, service, metrics)
     app.include_router(page_routes(read_page()))

@@ -31,6 +31,7 @@ class CompletionAnswer:
             "object": "text_completion",
             "created": int(time.time()),
             **service.identity(body.model),
+            **service.warnings(prompts, body.max_tokens),
         }
 
     async def whole(self) -> dict[str, Any]:

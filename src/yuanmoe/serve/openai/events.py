@@ -53,7 +53,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, timeout_s: float, events: AsyncIterator[bytes]) -> None:
+    def __init__(
+        self, job: Job, timeout_s: float, events: AsyncIterator[bytes], last: bytes = b"data: [DONE]\n\n"
+    ) -> None:
+        """`last` is what a stream ends with that has no error."""
         self.status_code = 200
         self.background = None
         # `X-Accel-Buffering` tells nginx to pass events on as they come.
@@ -61,6 +64,7 @@ class EventStream(Response):
         self._job = job
         self._timeout_s = timeout_s
         self._events = events
+        self._last = last
         self._quiet = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
@@ -90,7 +94,7 @@ class EventStream(Response):
             async with asyncio.timeout(self._timeout_s):
                 async for some in self._events:
                     await write(some)
-            return b"data: [DONE]\n\n"
+            return self._last
         except TimeoutError:
             return event(too_slow(self._timeout_s).body)
         except OSError:  # the reader went while something was written

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from yuanmoe.errors import UsageError
+from yuanmoe.serve.openai.closing import closed
 from yuanmoe.text.tokenizer import Tokenizer
 
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -23,8 +24,8 @@ Grammar = dict[str, Any]
 
 
 def json_schema(schema: dict[str, Any], *, lenient: bool) -> dict[str, Any]:
-    """The schema with our style of JSON; `lenient` overlooks keywords that cannot be enforced."""
-    return schema | {"x-guidance": JSON_STYLE | {"lenient": lenient}}
+    """The schema, closed, with our style of JSON; `lenient` overlooks keywords that cannot be enforced."""
+    return closed(schema) | {"x-guidance": JSON_STYLE | {"lenient": lenient}}
 
 
 def json_grammar(schema: dict[str, Any], *, lenient: bool = False) -> Grammar:

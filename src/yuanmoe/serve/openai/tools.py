@@ -8,6 +8,7 @@ own (its one special token ends the question), so this is ours; the tags are tho
 """
 
 import json
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,13 +23,28 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 RESULT = "<tool_result>{}</tool_result>"
 
 
-class ParsedCall(NamedTuple):
-    """A function that the model wants called."""
+AFTER = "}" + CLOSE
+HEADER = re.compile(re.escape(OPEN) + r'\{"name": ("[a-zA-Z0-9_-]{1,64}"), "arguments": (?=\{)')
+PARTIAL_HEADER = re.compile(
+    "|".join(re.escape('{"name": "'[:size]) for size in range(len('{"name": "') + 1))
+    + r'|\{"name": "[a-zA-Z0-9_-]{1,64}(?:'
+    + "|".join(re.escape('", "arguments": '[:size]) for size in range(len('", "arguments": ') + 1))
+    + ")"
+)
+"""Everything that a call may begin with, as the grammar writes it."""
+
+
+class CallBegin(NamedTuple):
+    """A function that the model wants called; its arguments follow."""
 
     id: str
     name: str
-    arguments: str
-    """JSON."""
+
+
+class Arguments(NamedTuple):
+    """A piece of the arguments of the call that began last."""
+
+    json: str
 
 
 class Tools:
@@ -52,8 +68,14 @@ class Tools:
             ]
         )
 
-    def grammar(self) -> Grammar:
-        """Calls alone where one is forced, else any text with calls in it."""
+    @property
+    def names(self) -> list[str]:
+        return [function.name for function in self._functions]
+
+    def grammar(self, answer: dict[str, Any] | None = None) -> Grammar:
+        """Calls alone where one is forced, else any text with calls in it; with the schema of an answer either calls,
+        or the answer.
+        """
         # Each schema is a root of its own, so that its `$ref`s hold.
         rules = [rule for place, function in enumerate(self._functions) for rule in _rules(place, function)]
         rules.append("body: " + " | ".join(f"body_{place}" for place in range(len(self._functions))))
@@ -61,6 +83,12 @@ class Tools:
             rules += [
                 f'call: "{OPEN}" body "{CLOSE}"',
                 'start: call ("\\n" call)*' if self._parallel else "start: call",
+            ]
+        elif answer is not None:
+            rules += [
+                f'call: "{OPEN}" body "{CLOSE}"',
+                f"answer: %json {json.dumps(answer)}",
+                'start: answer | call ("\\n" call)*' if self._parallel else "start: answer | call",
             ]
         else:
             rules += [
@@ -77,7 +105,7 @@ class Tools:
 def chosen_tools(body: ChatRequest) -> Tools | None:
     """The tools that a request lets the model use. Raises UsageError for a choice that makes no sense."""
     choice = body.tool_choice or "auto"
-    if body.tools is None:
+    if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
             raise UsageError("tool_choice needs tools; describe them, or leave it out")
         return None
@@ -98,61 +126,127 @@ def chosen_tools(body: ChatRequest) -> Tools | None:
 def call_text(call: ToolCall) -> str:
     """A call of an earlier answer, as the model writes it. Raises UsageError for arguments that are no JSON."""
     try:
-        arguments = parse_json(call.function.arguments.encode(errors="replace"))
+        text = call.function.arguments
+        arguments = parse_json(text.encode(errors="replace")) if text.strip() else {}
     except ApiError as error:
         raise UsageError(f"the arguments of tool call {call.id!r} are no JSON: {error}") from None
     return OPEN + json.dumps({"name": call.function.name, "arguments": arguments}, ensure_ascii=False) + CLOSE
 
 
 class CallParser:
-    """Tells calls from text while both arrive; what only looks like a call is text."""
+    """Tells calls from text while both arrive; what only looks like a call is text.
 
-    def __init__(self) -> None:
+    The arguments of a call come as they are written; a call that is cut has those that were written.
+    """
+
+    def __init__(self, names: Sequence[str] = (), *, calls_first: bool = False) -> None:
+        """`names` tell which function was meant where its name is cut; with `calls_first`, text has no calls in it."""
+        self._names = names
+        self._calls_first = calls_first
         self._held = ""
         self._called = False
+        self._said = False
+        self._scan: _ArgumentsEnd | None = None
+        self._after = False
+        """Whether the arguments of a call are whole and its end is awaited."""
 
-    def push(self, text: str) -> Iterator[str | ParsedCall]:
-        """Text and calls that are whole now; an opened call is held back until it is closed."""
+    def push(self, text: str) -> Iterator[str | CallBegin | Arguments]:
+        """What is certain now."""
         self._held += text
-        while (start := self._held.find(OPEN)) >= 0:
+        while True:
+            if self._scan is not None:
+                size = self._scan.push(self._held)
+                if size:
+                    yield Arguments(self._held[:size])
+                self._held = self._held[size:]
+                if not self._scan.ended:
+                    return
+                self._scan, self._after = None, True
+            if self._after:
+                if len(self._held) < len(AFTER) and AFTER.startswith(self._held):
+                    return
+                self._held = self._held.removeprefix(AFTER)
+                self._after = False
+            start = -1 if self._calls_first and self._said else self._held.find(OPEN)
+            if start < 0:
+                break
             if start:
                 yield from self._text(self._held[:start])
                 self._held = self._held[start:]
-            found = _parse(self._held) if CLOSE in self._held else None
-            if found is None:
-                return
-            call, end = found
-            self._held = self._held[end:]
+                continue
+            begin = HEADER.match(self._held)
+            if begin is None:
+                if _may_begin(self._held):
+                    return
+                yield from self._text(OPEN)
+                self._held = self._held[len(OPEN) :]
+                continue
+            self._held = self._held[begin.end() :]
             self._called = True
-            yield call
-        sure = len(self._held) - _overlap(self._held, OPEN)
+            self._scan = _ArgumentsEnd()
+            yield CallBegin(new_call_id(), json.loads(begin[1]))
+        sure = len(self._held) - (0 if self._calls_first and self._said else _overlap(self._held, OPEN))
         ready, self._held = self._held[:sure], self._held[sure:]
         yield from self._text(ready)
 
-    def flush(self) -> Iterator[str | ParsedCall]:
-        """What was held back, when nothing follows: text, since a call would have been closed."""
+    def flush(self) -> Iterator[str | CallBegin | Arguments]:
+        """What was held back, when nothing follows: of a call that was cut its name, if that is certain."""
         held, self._held = self._held, ""
+        if self._after or self._scan is not None:
+            return
+        if self._names and held.startswith(OPEN):
+            written = re.match(r'\{"name": "([^"]*)', held[len(OPEN) :])
+            meant = [name for name in self._names if name.startswith(written[1] if written else "")]
+            if len(meant) == 1:
+                yield CallBegin(new_call_id(), meant[0])
+            return
         yield from self._text(held)
 
     def _text(self, text: str) -> Iterator[str]:
         # Newlines between and after calls separate them, and say nothing.
         if text and not (self._called and text.isspace()):
+            self._said = self._said or not text.isspace()
             yield text
 
 
-def _parse(text: str) -> tuple[ParsedCall, int] | None:
-    """The call that a text begins with, and where it ends."""
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, len(OPEN))
-    except (ValueError, RecursionError):
-        return None
-    if not text.startswith(CLOSE, end) or not isinstance(value, dict):
-        return None
-    name, arguments = value.get("name"), value.get("arguments")
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
-    call = ParsedCall(f"call_{secrets.token_hex(12)}", name, json.dumps(arguments, ensure_ascii=False))
-    return call, end + len(CLOSE)
+class _ArgumentsEnd:
+    """Finds where a JSON object ends, piece by piece."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._inside_text = False
+        self._escaped = False
+        self.ended = False
+
+    def push(self, text: str) -> int:
+        """How many of these characters belong to the object."""
+        for place, character in enumerate(text):
+            if self._inside_text:
+                if self._escaped:
+                    self._escaped = False
+                elif character == "\\":
+                    self._escaped = True
+                elif character == '"':
+                    self._inside_text = False
+            elif character == '"':
+                self._inside_text = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.ended = True
+                    return place + 1
+        return len(text)
+
+
+def new_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _may_begin(text: str) -> bool:
+    """Whether what follows the tag may become a call."""
+    return PARTIAL_HEADER.fullmatch(text[len(OPEN) :]) is not None
 
 
 def _overlap(text: str, tag: str) -> int:
