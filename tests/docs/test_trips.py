@@ -60,6 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="the table is that of compiled kernels; build them (`make setup`)")
 @pytest.mark.parametrize("name", list(TITLES))
 def test_the_table_lists_the_files_of_a_trip(name: str, folder: Path) -> None:

@@ -30,7 +30,7 @@ MAX_PICKLE_BYTES = 256 << 20
 
 
 class _Storage(NamedTuple):
-    """`numel` elements of `dtype` from byte `offset` on. (Tuples: a pickle cannot change them once they are made.)"""
+    """`numel` elements of `dtype` from byte `offset` on; tuples, which a pickle cannot change once they are made."""
 
     offset: int
     numel: int
