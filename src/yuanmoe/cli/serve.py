@@ -138,7 +138,7 @@ def _step_tokens(lm: "LanguageModel", max_batch_size: int) -> int:
 
     Not below 64, as then a pass reads most experts for a few tokens each, nor above 512, where nothing is won.
     """
-    if lm.model.model.norm.weight.device.type != "cpu":
+    if lm.model.device.type != "cpu":
         return max(max_batch_size, MOST_STEP_TOKENS)
     tokens_per_s = measure_matmul().median / forward_flops(lm.config)
     return max(max_batch_size, 64, min(MOST_STEP_TOKENS, round(tokens_per_s)))
@@ -148,7 +148,7 @@ def _free_bytes(lm: "LanguageModel") -> int | None:
     """Memory that is left where the model is."""
     import torch
 
-    device = lm.model.model.norm.weight.device
+    device = lm.model.device
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else read_machine().available_bytes
 
 

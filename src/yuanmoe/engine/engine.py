@@ -67,9 +67,7 @@ class Engine:
         num_pages = cache_tokens // page_size
         if num_pages < 1:
             raise UsageError(f"cache_tokens {cache_tokens} is not one page of {page_size} (page_size)")
-        # Activations have the dtype of the norms, whatever the precision of the matrices.
-        norm = model.model.norm.weight
-        self._device = norm.device
+        self._device = model.device
         self._vocab_size = vocab_size or model.config.vocab_size
         self._context = context
         self._page_size = page_size
@@ -77,9 +75,9 @@ class Engine:
             model.config,
             num_pages,
             page_size,
-            dtype=norm.dtype,
+            dtype=model.activation_dtype,
             kv_dtype=kv_dtype or model.kv_dtype,
-            device=norm.device,
+            device=model.device,
         )
         self._adapters = adapters or MultiLora(model, {})
         self._runner = Runner(model, self._adapters, cache, self._vocab_size)

@@ -31,7 +31,7 @@ def score(model: CausalLM, ids: Sequence[int], *, chunk_size: int = PREFILL_TOKE
 
 
 def _score_window(model: CausalLM, ids: Sequence[int], chunk_size: int) -> list[float]:
-    tokens = torch.tensor(ids, device=model.model.norm.weight.device)
+    tokens = torch.tensor(ids, device=model.device)
     cache = model.new_cache(1, len(ids))
     logprobs = []
     for chunk, following in zip(tokens[:-1].split(chunk_size), tokens[1:].split(chunk_size), strict=True):

@@ -75,7 +75,7 @@ def read_loaded(model: CausalLM, pieces: Sequence[Sequence[int]], on_tokens: OnT
     with progress(model, on_tokens):
         for piece in pieces:
             cache, hidden = model.new_cache(1, len(piece)), []
-            for chunk in torch.tensor(piece, device=model.model.norm.weight.device).split(PREFILL_TOKENS):
+            for chunk in torch.tensor(piece, device=model.device).split(PREFILL_TOKENS):
                 states, routings = model.model(chunk, cache.extend([len(chunk)]))
                 hidden.append(states)
                 routes.append([routing.experts.sort(dim=-1).values.cpu() for routing in routings])

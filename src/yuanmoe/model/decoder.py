@@ -146,6 +146,19 @@ class CausalLM(nn.Module):
         return self.head_weight.to(dtype)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.norm.weight.device
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The type of intermediate results, and of cached keys and values unless `kv_dtype` names another.
+
+        That of the norms, whatever the precision of the matrices.
+        """
+        return self.model.norm.weight.dtype
+
+    @property
     def head_weight(self) -> Any:
         """The matrix of the output head: a tensor [V, D], or `PackedMatrices` where it is in few bits."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head

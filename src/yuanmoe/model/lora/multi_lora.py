@@ -45,7 +45,7 @@ class MultiLora:
         """Raises UsageError for a model that has an adapter attached: it would be at work in every request."""
         if adapters and attached(model):
             raise UsageError("an adapter is attached to this model; detach it first, and name it among the others")
-        self._device = model.model.norm.weight.device
+        self._device = model.device
         self._numbers = {name: number for number, name in enumerate(adapters)}
         self._turn = _Turn()
         factors: dict[str, dict[int, LowRank]] = {}

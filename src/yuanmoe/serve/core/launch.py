@@ -70,7 +70,7 @@ def launch(lm: LanguageModel, settings: Settings, adapters: Mapping[str, Adapter
 
     Raises UsageError for settings that do not fit one another, ResourceError for adapters that do not fit memory.
     """
-    taken = check_room(adapters, lm.model.model.norm.weight.dtype, settings.free_bytes)
+    taken = check_room(adapters, lm.model.activation_dtype, settings.free_bytes)
     if settings.free_bytes is not None:
         settings = replace(settings, free_bytes=settings.free_bytes - taken)
     tokens = cache_tokens(lm.config, _kv_dtype(lm), settings)
@@ -146,7 +146,7 @@ def token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
 
 
 def _kv_dtype(lm: LanguageModel) -> torch.dtype:
-    return lm.model.kv_dtype or lm.model.model.norm.weight.dtype
+    return lm.model.kv_dtype or lm.model.activation_dtype
 
 
 def _fingerprint(lm: LanguageModel) -> str:
