@@ -49,7 +49,7 @@ def test_the_loss_curve_is_that_of_plain_operations(monkeypatch):
     monkeypatch.setattr(router, "relate", relate_reference)
     monkeypatch.setattr(step, "head_cross_entropy", head_cross_entropy_reference)
     # The reference knows nothing of low-rank factors, of which there are none.
-    monkeypatch.setattr(experts, "experts_forward", lambda *args: experts_reference(*args[:5]))
+    monkeypatch.setattr(experts, "experts_forward", lambda *args, **_: experts_reference(*args[:5]))
     assert [each.loss for each in run(recipe(), 6)[1]] == pytest.approx(fast, abs=2e-4)
 
 

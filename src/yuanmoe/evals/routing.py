@@ -5,7 +5,6 @@ The expert-correlation matrix is the Attention Router's own: the shares A_ij wit
 commonest kinds. Legend: N tokens, E experts, K chosen, T kinds of tokens.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from yuanmoe.model.decoder import CausalLM
 from yuanmoe.model.router import AttentionRouter, LinearRouter, Routing
 from yuanmoe.ops.products.linear import linear
 from yuanmoe.ops.relations import relations
+from yuanmoe.routing.balance import balance
 
 MAX_KINDS = 4096
 """Different tokens that are counted for each expert, the commonest of the text: 24 layers of 32 experts take 13 MB."""
@@ -92,15 +92,15 @@ def layer_summary(record: LayerRecord) -> dict[str, Any]:
     """A layer's load in numbers: JSON values."""
     choices = record.together.diagonal().double()
     load = choices / choices.sum()
-    entropy = -torch.special.xlogy(load, load).sum().item()
+    found = balance(choices.long().tolist())
     return {
         "layer": record.layer,
         "experts": record.num_experts,
         "load": _rounded(load),
-        "max_over_mean": _round(load.max().item() * record.num_experts),
-        "variation": _round((load.std(correction=0) / load.mean()).item()),
-        "entropy_nats": _round(entropy),
-        "effective_experts": _round(math.exp(entropy)),
+        "max_over_mean": _round(found.max_over_mean),
+        "variation": _round(found.coefficient_of_variation),
+        "entropy_nats": _round(found.entropy),
+        "effective_experts": _round(found.effective_experts),
         "dead_experts": (choices == 0).nonzero().flatten().tolist(),
         "first_weight": _round(record.first_weights / record.tokens),
         "pairs": pairs(record),

@@ -1,1 +1,1 @@
-"""How evenly experts work."""
+"""How evenly experts work: how often each was chosen, and one formula for how even that is."""

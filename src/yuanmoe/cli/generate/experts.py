@@ -3,7 +3,6 @@
 Legend: T tokens, L layers with experts, K chosen, E experts.
 """
 
-import math
 import os
 import sys
 from collections import Counter
@@ -15,6 +14,7 @@ from yuanmoe.cli.generate.answer import emit, visible
 from yuanmoe.cli.terminal.output import people, print_table
 from yuanmoe.config import ModelConfig
 from yuanmoe.errors import UsageError
+from yuanmoe.routing.balance import balance
 
 if TYPE_CHECKING:
     from yuanmoe.engine.generate import TokenRouting
@@ -83,8 +83,7 @@ def loads(routings: Sequence["TokenRouting"], num_layers: int) -> list[Counter[i
 
 def effective_experts(load: Counter[int]) -> float:
     """The number of equally busy experts whose choice would be as uncertain: exp of the load's entropy."""
-    total = load.total()
-    return math.exp(-sum(count / total * math.log(count / total) for count in load.values())) if total else 0.0
+    return balance(list(load.values())).effective_experts if load.total() else 0.0
 
 
 def show_loads(routings: Sequence["TokenRouting"], config: ModelConfig, shown: int) -> None:

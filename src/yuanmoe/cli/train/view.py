@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from yuanmoe.cli.generate.experts import colour
+from yuanmoe.routing.balance import Balance
 from yuanmoe.train.steps.loop import Progress
-from yuanmoe.train.steps.meter import Balance, MeterReading
+from yuanmoe.train.steps.meter import MeterReading
 from yuanmoe.units import format_count
 
 BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"

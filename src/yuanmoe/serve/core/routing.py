@@ -13,6 +13,7 @@ import torch
 
 from yuanmoe.config import ModelConfig
 from yuanmoe.engine.requests import Stats, TokenRouting
+from yuanmoe.routing.balance import balance
 
 
 def routed_layers(config: ModelConfig) -> list[int]:
@@ -51,13 +52,12 @@ def load_statistics(config: ModelConfig, stats: Stats) -> dict[str, Any]:
 
 
 def _balance(visits: Sequence[int]) -> dict[str, float | None]:
-    total = sum(visits)
     largest = math.log2(len(visits))
-    if not total:
+    if not any(visits):
         return {"entropy": None, "largest_entropy": largest, "max_over_mean": None}
-    entropy = -sum(count / total * math.log2(count / total) for count in visits if count)
+    found = balance(visits)
     return {
-        "entropy": abs(entropy),  # never -0.0
+        "entropy": found.entropy / math.log(2),
         "largest_entropy": largest,
-        "max_over_mean": max(visits) * len(visits) / total,
+        "max_over_mean": found.max_over_mean,
     }

@@ -10,25 +10,10 @@ from typing import Any
 
 from yuanmoe.checkpoint.adapters.adapter import active_lora_parameters
 from yuanmoe.plan import cost
+from yuanmoe.routing.balance import Balance, balance
 from yuanmoe.train.recipe.recipe import Recipe
 from yuanmoe.train.steps.guard import mean_loss
 from yuanmoe.train.steps.loop import Progress
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Balance:
-    """How evenly the experts of one layer work."""
-
-    max_over_mean: float
-    """Load of the busiest expert, as a multiple of an even share."""
-    coefficient_of_variation: float
-    """Standard deviation of the loads, as a multiple of an even share."""
-    entropy: float
-    """Of a choice, in nats; log(E) where the load is even."""
-    effective_experts: float
-    """Equally busy experts whose choice would be as uncertain: exp of the entropy."""
-    dead_experts: int
-    """Never chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +49,6 @@ def read(recent: Sequence[Progress], recipe: Recipe) -> MeterReading:
         flops_per_s=rate * flops_per_token(recipe),
         load=load,
         balance=[balance(layer) for layer in load],
-    )
-
-
-def balance(load: Sequence[int]) -> Balance:
-    """Of a layer whose experts were chosen `load` times each, [E]."""
-    total, experts = sum(load), len(load)
-    shares = [count / total for count in load]
-    entropy = -sum(share * math.log(share) for share in shares if share)
-    return Balance(
-        max_over_mean=max(shares) * experts,
-        coefficient_of_variation=math.sqrt(sum((share * experts - 1) ** 2 for share in shares) / experts),
-        entropy=entropy,
-        effective_experts=math.exp(entropy),
-        dead_experts=shares.count(0),
     )
 
 
