@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from yuanmoe import estimate
 from yuanmoe.cli.main import main
 from yuanmoe.cli.plan import command as plan_file
 from yuanmoe.plan.device.devices import DEVICES
@@ -108,7 +109,7 @@ def test_stages_and_wires_may_be_given(run: Run) -> None:
 
 
 def test_machines_like_this_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_file, "_device", lambda name, ram: DEVICES["24gib-2core" if name is None else name])
+    monkeypatch.setattr(plan_file, "device_named", lambda name, ram: DEVICES["24gib-2core" if name is None else name])
     _, out, err = run("plan", "nano", "--cluster", "cpu", "--nodes", "4", "--global-batch", "64")
     assert last_line(out)["fits"] is True
     assert "nano on 4 x 24gib-2core, 64 x 512 tokens a step" in err
@@ -116,8 +117,8 @@ def test_machines_like_this_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_commands_of_the_documentation_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     rate = Rate(median=33e9, low=33e9, high=33e9)
-    monkeypatch.setattr(plan_file, "measure_bandwidth", lambda: rate)
-    monkeypatch.setattr(plan_file, "measure_matmul", lambda: rate)
+    monkeypatch.setattr(estimate, "measure_bandwidth", lambda: rate)
+    monkeypatch.setattr(estimate, "measure_matmul", lambda: rate)
     page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
     commands = [line for line in page.splitlines() if line.startswith("yuanmoe plan ")]
     assert len(commands) >= 6

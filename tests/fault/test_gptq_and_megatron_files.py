@@ -45,7 +45,7 @@ def test_other_packings_are_refused():
     for settings, message in (
         ({"bits": 3}, "in 3 bits; supported: 'gptq' in 2, 4 or 8 bits"),
         ({"bits": 4, "quant_method": "awq"}, "packed by 'awq'"),
-        ({"bits": 4, "checkpoint_format": "gptq_v2"}, "gptq_v2"),
+        ({"bits": 4, "checkpoint_format": "gptq_v3"}, "gptq_v3"),
     ):
         with pytest.raises(CheckpointError, match=message):
             packed_tensors(lazy(), settings)

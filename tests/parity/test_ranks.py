@@ -31,8 +31,22 @@ def made(**changes):
     balance = BalanceSettings(auxiliary_loss=0.01, z_loss=0.001, bias_rate=1e-3)
     sizes = {"num_hidden_layers": changes.pop("layers", 2), "tie_word_embeddings": changes.pop("tied", False)}
     model = preset("tiny", vocab_size=64, router_bias=True, **sizes)
-    fields = {"micro_batch_size": 2, "max_tokens": STEPS * LENGTH * BATCH, "balance": balance, **changes}
+    # What another order of sums changes grows with every step until it decides between two experts: a model that begins
+    # small and learns slowly stays clear of that for these few steps.
+    fields = {
+        "micro_batch_size": 2,
+        "max_tokens": STEPS * LENGTH * BATCH,
+        "learning_rate": 3e-3,
+        "embedding_std": 0.1,
+        "balance": balance,
+        **changes,
+    }
     return recipe(model=model, **fields)
+
+
+FLIPPED = 2
+"""Choices of a layer in a step that may fall on another expert, where sums in another order decide between two scores
+that tie; of 128 or more."""
 
 
 def assert_same(found, expected, tolerance):
@@ -40,7 +54,8 @@ def assert_same(found, expected, tolerance):
         assert ours[:3] == pytest.approx(theirs[:3], rel=tolerance, abs=1e-6)
         assert ours[3] == (None if theirs[3] is None else pytest.approx(theirs[3], rel=tolerance))
         if tolerance < 1e-3:
-            assert ours[4] == theirs[4]
+            for one, other in zip(ours[4], theirs[4], strict=True):
+                assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) <= 2 * FLIPPED
         assert [sum(layer) for layer in ours[4]] == [sum(layer) for layer in theirs[4]]
 
 

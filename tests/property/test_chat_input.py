@@ -19,10 +19,10 @@ def test_parts_and_the_developer_s_role_are_those_of_plain_messages() -> None:
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
-        ("hi", "the conversation is a text; give messages"),
-        (["hi"], "message 1 is of type str"),
+        ("hi", "a conversation is a list of messages"),
+        (["hi"], "message 1 is a str"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "message 1 has a part that is no text"),
-        ([{"role": "user", "content": None}], "content of type NoneType"),
+        ([{"role": "user", "content": None}], "has 0 characters; the last message must be from 'user'"),
         ([{"role": ["user"], "content": "a"}], "message 1 has the role"),
     ],
 )

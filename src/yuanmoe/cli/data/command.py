@@ -12,7 +12,6 @@ from yuanmoe.cli.terminal.models import OptionalTokenizer, Tokenizer
 from yuanmoe.cli.terminal.output import Json, people, print_result
 from yuanmoe.cli.terminal.progress import bytes_progress
 from yuanmoe.errors import UsageError
-from yuanmoe.plan.device.machine import usable_cores
 from yuanmoe.units import format_count, format_size, parse_size
 
 data = typer.Typer(
@@ -45,7 +44,9 @@ def pack(
     heldout: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="Share of documents to keep apart: OUT/train and OUT/heldout.")
     ] = 0.0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on it.")] = usable_cores(),
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes, 0 for one a core; the result does not depend on it.")
+    ] = 0,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a file; an interrupted one is begun again.")] = 2
     ** 27,
     max_document: Annotated[str, typer.Option(help="Largest line, row or file that is one document.")] = "64MiB",
@@ -60,6 +61,7 @@ def pack(
     from yuanmoe.data.prepare.formats import FormatOptions
     from yuanmoe.data.prepare.pack import PackOptions
     from yuanmoe.data.prepare.pack import pack_dataset as pack_files
+    from yuanmoe.plan.device.machine import usable_cores
     from yuanmoe.text.tokenizer import load_tokenizer
 
     if len(paths) < 2:
@@ -76,7 +78,7 @@ def pack(
     try:
         with bytes_progress(f"-> {dst}") as progress:
             choices = {
-                "workers": workers,
+                "workers": workers or usable_cores(),
                 "overwrite": overwrite,
                 "progress": progress,
                 "say": partial(console.print, markup=False),

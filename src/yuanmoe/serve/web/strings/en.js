@@ -165,6 +165,7 @@ export default {
   "code.invalid_api_key": "The API key is not known to this server.",
   "code.unknown_host": "The server answers only to the name of its own machine.",
   "code.model_not_found": "The chosen model or adapter is not on this server.",
+  "code.unsupported_value": "This server cannot do what a setting of the request asks for; change it and ask again.",
   "code.unknown_field": "The page and the server are of different versions; load the page again.",
   "code.engine_dead": "The engine has stopped; the server must be started again.",
   "code.shutting_down": "The server is shutting down.",

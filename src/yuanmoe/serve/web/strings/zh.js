@@ -165,6 +165,7 @@ export default {
   "code.invalid_api_key": "服务器不认识这个 API 密钥。",
   "code.unknown_host": "服务器只接受以本机名称发来的请求。",
   "code.model_not_found": "所选的模型或适配器不在此服务器上。",
+  "code.unsupported_value": "服务器无法满足请求中的某个设置；请修改后再试。",
   "code.unknown_field": "页面与服务器的版本不同，请重新载入页面。",
   "code.engine_dead": "推理引擎已停止，需要重新启动服务器。",
   "code.shutting_down": "服务器正在关闭。",
